@@ -1,0 +1,52 @@
+"""`num_envs` copies of one environment, each starting a fresh episode when the last one ends."""
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from core.envs.interface import TimeStep
+
+
+class BatchState(NamedTuple):
+    env: Any
+    episode_return: jax.Array  # (E,) or (E, N), of the running episode
+    episode_length: jax.Array  # (E,)
+
+
+class Batch:
+    """The interface that algorithms see: E copies, auto-reset.
+
+        reset(key) -> (env_state, obs [E, ...])
+        step(key, env_state, action [E, ...]) -> (env_state, TimeStep [E, ...])
+
+    `info["episode"]` holds the count, return and length of the episodes that ended with this step and zeros elsewhere,
+    so a sum over any stretch of steps counts every episode exactly once.
+    """
+
+    def __init__(self, env, num_envs: int):
+        self.env, self.num_envs = env, num_envs
+        self.max_steps, self.action_space = env.max_steps, env.action_space
+        self.num_agents = getattr(env, "num_agents", None)
+
+    def reset(self, key: jax.Array) -> tuple[BatchState, jax.Array]:
+        state, obs = jax.vmap(self.env.reset)(jax.random.split(key, self.num_envs))
+        agents = () if self.num_agents is None else (self.num_agents,)
+        return BatchState(state, jnp.zeros((self.num_envs, *agents)), jnp.zeros(self.num_envs, jnp.int32)), obs
+
+    def step(self, key: jax.Array, env_state: BatchState, action: jax.Array) -> tuple[BatchState, TimeStep]:
+        step_key, reset_key = jax.random.split(key)
+        state, step = jax.vmap(self.env.step)(jax.random.split(step_key, self.num_envs), env_state.env, action)
+        fresh_state, fresh_obs = jax.vmap(self.env.reset)(jax.random.split(reset_key, self.num_envs))
+        done = step.terminated | step.truncated
+        state, obs = jax.tree.map(lambda new, old: where(done, new, old), (fresh_state, fresh_obs), (state, step.obs))
+        total, length = env_state.episode_return + step.reward, env_state.episode_length + 1
+        episode = {"count": done.astype(jnp.float32), "return": where(done, total, 0.0), "length": where(done, length, 0)}
+        env_state = BatchState(state, where(done, 0.0, total), where(done, 0, length))
+        return env_state, step._replace(obs=obs, info=step.info | {"episode": episode})
+
+
+def where(done: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """`new` where [E] `done`, else `old` [E, ...]; typed keys included."""
+    shape = jnp.broadcast_shapes(jnp.shape(new), jnp.shape(old))
+    mask = done.reshape(done.shape + (1,) * (len(shape) - 1))
+    return jnp.where(jnp.broadcast_to(mask, shape), new, old)
