@@ -1,1 +1,27 @@
-"""Environments by name: `gymnax/CartPole-v1` and `gymnasium/HalfCheetah-v5` come from there, plain names are ours."""
+"""Environments by name: `gymnax/CartPole-v1` comes from that package, a plain name is a file of this folder."""
+import difflib
+import importlib
+import pathlib
+
+from core.envs.batch import Batch
+from core.envs.interface import Box, Discrete, TimeStep
+
+__all__ = ["Batch", "Box", "Discrete", "TimeStep", "make_env"]
+
+HERE = pathlib.Path(__file__).parent
+
+
+def make_env(name: str, num_envs: int, **kwargs):
+    """`num_envs` copies of the environment `name`; `kwargs` are its own settings."""
+    source, _, rest = name.rpartition("/")
+    if source == "gymnasium":  # simulated on the host, already a batch
+        from core.envs.from_gymnasium import HostBatch
+        return HostBatch(rest, num_envs, **kwargs)
+    module = f"from_{source}" if source else name
+    if not (HERE / f"{module}.py").exists():
+        known = [p.stem for p in HERE.glob("*.py") if "class Env" in p.read_text()]
+        known = [k.removeprefix("from_") + "/…" if k.startswith("from_") else k for k in [*known, "from_gymnasium"]]
+        close = difflib.get_close_matches(name, known, n=1) or [", ".join(sorted(known))]
+        raise ValueError(f'unknown environment "{name}"; did you mean {close[0]}?')
+    make = importlib.import_module(f"core.envs.{module}").Env
+    return Batch(make(rest, **kwargs) if source else make(**kwargs), num_envs)

@@ -34,9 +34,9 @@ class Batch:
         return BatchState(state, jnp.zeros((self.num_envs, *agents)), jnp.zeros(self.num_envs, jnp.int32)), obs
 
     def step(self, key: jax.Array, env_state: BatchState, action: jax.Array) -> tuple[BatchState, TimeStep]:
-        step_key, reset_key = jax.random.split(key)
-        state, step = jax.vmap(self.env.step)(jax.random.split(step_key, self.num_envs), env_state.env, action)
-        fresh_state, fresh_obs = jax.vmap(self.env.reset)(jax.random.split(reset_key, self.num_envs))
+        step_keys, reset_keys = jax.random.split(key, (2, self.num_envs))
+        state, step = jax.vmap(self.env.step)(step_keys, env_state.env, action)
+        fresh_state, fresh_obs = jax.vmap(self.env.reset)(reset_keys)
         done = step.terminated | step.truncated
         state, obs = jax.tree.map(lambda new, old: where(done, new, old), (fresh_state, fresh_obs), (state, step.obs))
         total, length = env_state.episode_return + step.reward, env_state.episode_length + 1
