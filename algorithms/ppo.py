@@ -22,7 +22,10 @@ import optax
 from flax import linen as nn
 from flax import struct
 
+from core.dataset import permutation
 from core.envs import Discrete
+from core.errors import UserError
+from core.evaluation import ended
 from core.networks import MLP
 from core.normalize import RewardScale, RunningMeanStd
 from core.returns import gae
@@ -71,7 +74,8 @@ class ActorCritic(nn.Module):
         out = self.policy(obs.reshape(obs.shape[0], -1))
         if self.log_std is None:
             return distrax.Categorical(logits=out)
-        return distrax.MultivariateNormalDiag(out, jnp.broadcast_to(jnp.exp(self.log_std), out.shape))
+        centre, half = (jnp.broadcast_to(x, out.shape) for x in self.action_space.scale)  # in the env's units
+        return distrax.MultivariateNormalDiag(centre + half * out, half * jnp.exp(self.log_std)[None])
 
     def critic(self, obs):  # (B, ...) -> (B,)
         return self.value(obs.reshape(obs.shape[0], -1)).squeeze(-1)
@@ -81,81 +85,104 @@ class ActorCritic(nn.Module):
 
 
 class Agent(struct.PyTreeNode):
-    net: TrainState
+    actor_critic: TrainState
     config: Any = struct.field(pytree_node=False)
 
     @classmethod
     def create(cls, key, obs, action_space, config):
-        updates = config.env_steps // (config.num_envs * config.num_steps) * config.num_epochs * config.num_minibatches
+        batch = config.num_envs * config.num_steps
+        if batch % config.num_minibatches:
+            raise UserError(f"num_envs * num_steps = {batch} is not divisible by num_minibatches = "
+                            f"{config.num_minibatches}")
+        updates = config.env_steps // batch * config.num_epochs * config.num_minibatches
         lr = optax.linear_schedule(config.lr, 0.0, updates) if config.anneal_lr else config.lr
-        tx = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.adam(lr, eps=1e-5))
+        # One flat vector: at this size an update costs by the number of arrays, not by their length.
+        tx = optax.flatten(optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.adam(lr, eps=1e-5)))
         return cls(TrainState.create(ActorCritic(action_space, config.hidden_dims), key, obs, tx=tx), config)
 
     def loss(self, params, batch):
-        dist, value = self.net(batch["obs"], params=params)
+        dist, value = self.actor_critic(batch["obs"], params=params)
         ratio = jnp.exp(dist.log_prob(batch["action"]) - batch["log_prob"])
-        advantage = (batch["advantage"] - batch["advantage"].mean()) / (batch["advantage"].std() + 1e-8)
         clipped_ratio = jnp.clip(ratio, 1 - self.config.clip, 1 + self.config.clip)
+        advantage = (batch["advantage"] - batch["advantage"].mean()) / (batch["advantage"].std() + 1e-8)
         actor_loss = -jnp.minimum(ratio * advantage, clipped_ratio * advantage).mean()
+
+        target = batch["advantage"] + batch["value"]
         clipped_value = batch["value"] + jnp.clip(value - batch["value"], -self.config.clip, self.config.clip)
-        error = jnp.maximum(jnp.square(value - batch["target"]), jnp.square(clipped_value - batch["target"]))
-        value_loss = 0.5 * error.mean()
+        value_loss = 0.5 * jnp.maximum(jnp.square(value - target), jnp.square(clipped_value - target)).mean()
+
         entropy = dist.entropy().mean()
         loss = actor_loss + self.config.value_coef * value_loss - self.config.entropy_coef * entropy
-        return loss, {"actor_loss": actor_loss, "value_loss": value_loss, "entropy": entropy}
+        clipped = (jnp.abs(ratio - 1) > self.config.clip).mean()
+        return loss, dict(actor_loss=actor_loss, value_loss=value_loss, entropy=entropy, clipped=clipped)
 
     def update(self, batch, key):  # leaves (T·E, ...)
-        """`num_epochs` passes over the batch, each in `num_minibatches` gradient steps and a fresh order."""
-        def minibatch(net, index):
-            return net.minimize(self.loss, jax.tree.map(lambda x: x[index], batch))
+        """`num_epochs` passes over the batch, each in a fresh order and `num_minibatches` gradient steps."""
+        def minibatch(actor_critic, index):
+            return actor_critic.minimize(self.loss, jax.tree.map(lambda x: x[index], batch))
 
-        def epoch(net, key):
+        def epoch(actor_critic, key):
             order = permutation(key, batch["advantage"].shape[0])
-            return jax.lax.scan(minibatch, net, order.reshape(self.config.num_minibatches, -1))
+            return jax.lax.scan(minibatch, actor_critic, order.reshape(self.config.num_minibatches, -1))
 
-        net, info = jax.lax.scan(epoch, self.net, jax.random.split(key, self.config.num_epochs))
-        return self.replace(net=net), jax.tree.map(jnp.mean, info)
+        actor_critic, info = jax.lax.scan(epoch, self.actor_critic, jax.random.split(key, self.config.num_epochs))
+        return self.replace(actor_critic=actor_critic), jax.tree.map(jnp.mean, info)
 
 
 class Run(NamedTuple):
     agent: Agent
     env_state: Any
     obs: jax.Array
+    obs_stats: RunningMeanStd  # what the policy sees is frozen during a rollout, its update and an evaluation
+    reward_scale: RewardScale
 
 
 def init(key, env, config):
     env_key, agent_key = jax.random.split(key)
     env_state, obs = env.reset(env_key)
-    return Run(Agent.create(agent_key, obs, env.action_space, config), env_state, obs)
+    agent = Agent.create(agent_key, obs, env.action_space, config)
+    return Run(agent, env_state, obs, RunningMeanStd.create(obs[0]), RewardScale.create((env.num_envs,)))
 
-
-def collect(run, key, env, config):
-    """A rollout of `num_steps` steps: leaves (T, E, ...)."""
-    def step(run, key):
-        act_key, env_key = jax.random.split(key)
-        dist = run.agent.net(run.obs, method="actor")
-        action = dist.sample(seed=act_key)
-        env_state, ts = env.step(env_key, run.env_state, action)
-        return run._replace(env_state=env_state, obs=ts.obs), (run.obs, action, dist.log_prob(action), ts)
-
-    return jax.lax.scan(step, run, jax.random.split(key, config.num_steps))
-
-def permutation(key,n):
-    b=max(1,(n-1).bit_length())
-    return (jnp.sort((jax.random.bits(key,(n,),'uint32')<<b)|jnp.arange(n,dtype='uint32')) & ((1<<b)-1)).astype(jnp.int32)
 
 def train_step(run, key, env, config):
+    """A rollout of `num_steps` in every env, then `update`."""
     rollout_key, update_key = jax.random.split(key)
-    run, (obs, action, log_prob, step) = collect(run, rollout_key, env, config)
-    T,E=step.reward.shape
-    value = lambda x: run.agent.net(x.reshape(T*E, *x.shape[2:]), method="critic").reshape(T,E)
-    v=value(obs)
-    advantage = gae(step.reward, v, value(step.next_obs), step.terminated, step.truncated, config.discount, config.gae_lambda)
-    batch = dict(obs=obs, action=action, log_prob=log_prob, value=v, advantage=advantage, target=advantage+v)
-    agent, info = run.agent.update(jax.tree.map(lambda x: x.reshape(T*E,*x.shape[2:]), batch), update_key)
+    run, (obs, action, log_prob, step) = rollout(run, rollout_key, env, config)
+    reward = step.reward
+    if config.normalize_reward:
+        run = run._replace(reward_scale=run.reward_scale.update(reward, ended(step), config.discount))
+        reward = run.reward_scale(reward)
+
+    # The critic is not needed to act: it sees the whole rollout at once.
+    seen, value, next_value = see(run, obs), critic(run, obs), critic(run, step.next_obs)
+    advantage = gae(reward, value, next_value, step.terminated, step.truncated, config.discount, config.gae_lambda)
+    batch = dict(obs=seen, action=action, log_prob=log_prob, value=value, advantage=advantage)
+    agent, info = run.agent.update(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch), update_key)
+    if config.normalize_obs:
+        run = run._replace(obs_stats=run.obs_stats.update(obs))
     return run._replace(agent=agent), info | dict(episode=jax.tree.map(jnp.sum, step.info["episode"]))
+
+
+def rollout(run, key, env, config):  # -> run, leaves (T, E, ...)
+    def env_step(run, key):
+        act_key, env_key = jax.random.split(key)
+        dist = run.agent.actor_critic(see(run, run.obs), method="actor")
+        action = dist.sample(seed=act_key)
+        env_state, step = env.step(env_key, run.env_state, action)
+        return run._replace(env_state=env_state, obs=step.obs), (run.obs, action, dist.log_prob(action), step)
+
+    return jax.lax.scan(env_step, run, jax.random.split(key, config.num_steps))
+
+
+def see(run, obs):
+    return run.obs_stats(obs) if run.agent.config.normalize_obs else obs
+
+
+def critic(run, obs):  # (T, E, ...) -> (T, E)
+    flat = see(run, obs).reshape(-1, *obs.shape[2:])
+    return run.agent.actor_critic(flat, method="critic").reshape(obs.shape[:2])
 
 
 def act(run, carry, obs, key):
     """Greedy, and reactive: nothing to carry between steps."""
-    return (), run.agent.net(obs, method="actor").mode()
+    return (), run.agent.actor_critic(see(run, obs), method="actor").mode()

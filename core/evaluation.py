@@ -30,8 +30,8 @@ def evaluate(act: Callable, env: Any, key: jax.Array, carry: Any = ()) -> tuple[
         total = total + jnp.where(alive.reshape(-1, *(1 for _ in agents)), ts.reward, 0.0)
         return t + 1, env_state, ts.obs, carry, total, length + alive, alive & ~ended(ts)
 
-    alive = jnp.ones(env.num_envs, bool)
-    start = (jnp.int32(0), env_state, obs, carry, jnp.zeros((env.num_envs, *agents)), jnp.zeros(env.num_envs, int), alive)
+    total, length = jnp.zeros((env.num_envs, *agents)), jnp.zeros(env.num_envs, jnp.int32)
+    start = (jnp.int32(0), env_state, obs, carry, total, length, jnp.ones(env.num_envs, bool))
     *_, total, length, _ = jax.lax.while_loop(unfinished, step, start)
     return total, length
 

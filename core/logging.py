@@ -128,7 +128,8 @@ def _curve(workdir):
     steps, returns = metrics["env_steps"][:, 0], metrics["return"]
     fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     ax.plot(steps, returns, color="tab:blue", alpha=0.25, linewidth=0.8)
-    ax.plot(steps, np.median(returns, axis=1), color="tab:blue", linewidth=2, label=f"median of {returns.shape[1]} seeds")
+    label = f"median of {returns.shape[1]} seeds"
+    ax.plot(steps, np.median(returns, axis=1), color="tab:blue", linewidth=2, label=label)
     ax.set(xlabel="environment steps of a seed", ylabel="evaluation return", title=workdir.absolute().name)
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)

@@ -26,7 +26,8 @@ def gae(
 
 
 def lambda_returns(
-    reward: jax.Array, next_value: jax.Array, terminated: jax.Array, truncated: jax.Array, discount: float, trace: float,
+    reward: jax.Array, next_value: jax.Array, terminated: jax.Array, truncated: jax.Array,
+    discount: float, trace: float,
 ) -> jax.Array:
     """TD(λ) targets [T, ...].
 
@@ -42,7 +43,8 @@ def lambda_returns(
 
 
 def n_step_returns(
-    reward: jax.Array, next_value: jax.Array, terminated: jax.Array, truncated: jax.Array, discount: float, n: int,
+    reward: jax.Array, next_value: jax.Array, terminated: jax.Array, truncated: jax.Array,
+    discount: float, n: int,
 ) -> jax.Array:
     """n-step targets [T, ...]: rewards summed until n steps, a termination, a time limit or the end of the rollout,
     whichever comes first, then the value of the successor reached (0 at a termination)."""

@@ -81,7 +81,8 @@ def per_seed(fn, num_seeds, in_axes=0):
     @functools.wraps(fn)
     def alone(*args):
         axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(args)
-        args = [arg if axis is None else jax.tree.map(lambda x: x[0], arg) for arg, axis in zip(args, axes, strict=True)]
+        pairs = zip(args, axes, strict=True)
+        args = [arg if axis is None else jax.tree.map(lambda x: x[0], arg) for arg, axis in pairs]
         return jax.tree.map(lambda x: x[None], fn(*args))
 
     return alone

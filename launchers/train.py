@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,8 +57,8 @@ class Programs(NamedTuple):
 
 def build(algorithm, config, num_seeds):
     """The programs over the seed axis: every leaf of what they take and give is [S, ...]."""
-    kwargs = config.get("env_kwargs", {})
-    env, eval_env = make_env(config.env, config.num_envs, **kwargs), make_env(config.env, config.eval_episodes, **kwargs)
+    env, eval_env = (make_env(config.env, n, **config.get("env_kwargs", {}))
+                     for n in (config.num_envs, config.eval_episodes))
     if num_seeds > 1 and getattr(env, "on_host", False):
         raise UserError(f'environment "{config.env}" runs on the host, one seed per process: --num_seeds=1')
 
@@ -105,7 +105,7 @@ def compile_programs(programs, seeds, config):
 
 
 def train_span(programs, run, start, stop, bar, chunk):
-    """Iterations start .. stop − 1 in chunks: (run, sums over the span). A value that is not finite ends the training."""
+    """Iterations start .. stop − 1 in chunks: (run, sums over the span). A value that is not finite ends it."""
     totals, size, i = programs.zeros(run), chunk or 1, start
     while i < stop:
         began, upto = time.perf_counter(), min(i + size, stop)

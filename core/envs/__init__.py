@@ -5,6 +5,7 @@ import pathlib
 
 from core.envs.batch import Batch
 from core.envs.interface import Box, Discrete, TimeStep
+from core.errors import UserError
 
 __all__ = ["Batch", "Box", "Discrete", "TimeStep", "make_env"]
 
@@ -22,6 +23,6 @@ def make_env(name: str, num_envs: int, **kwargs):
         known = [p.stem for p in HERE.glob("*.py") if "class Env" in p.read_text()]
         known = [k.removeprefix("from_") + "/…" if k.startswith("from_") else k for k in [*known, "from_gymnasium"]]
         close = difflib.get_close_matches(name, known, n=1) or [", ".join(sorted(known))]
-        raise ValueError(f'unknown environment "{name}"; did you mean {close[0]}?')
+        raise UserError(f'unknown environment "{name}"; did you mean {close[0]}?')
     make = importlib.import_module(f"core.envs.{module}").Env
     return Batch(make(rest, **kwargs) if source else make(**kwargs), num_envs)

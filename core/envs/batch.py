@@ -40,7 +40,7 @@ class Batch:
         done = step.terminated | step.truncated
         state, obs = jax.tree.map(lambda new, old: where(done, new, old), (fresh_state, fresh_obs), (state, step.obs))
         total, length = env_state.episode_return + step.reward, env_state.episode_length + 1
-        episode = {"count": done.astype(jnp.float32), "return": where(done, total, 0.0), "length": where(done, length, 0)}
+        episode = {"count": done, "return": where(done, total, 0.0), "length": where(done, length, 0)}
         env_state = BatchState(state, where(done, 0.0, total), where(done, 0, length))
         return env_state, step._replace(obs=obs, info=step.info | {"episode": episode})
 

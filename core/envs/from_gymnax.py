@@ -2,8 +2,10 @@
 import difflib
 
 import jax
+import numpy as np
 
 from core.envs.interface import Box, Discrete, TimeStep
+from core.errors import UserError
 
 
 class Env:
@@ -11,11 +13,11 @@ class Env:
         try:
             import gymnax
         except ImportError as error:
-            raise ImportError(f'environment "gymnax/{name}" needs the extra `envs`: pip install -e ".[envs]"') from error
+            raise UserError(f'"gymnax/{name}" needs the extra `envs`: pip install -e ".[envs]"') from error
         if name not in gymnax.registered_envs:
             close = difflib.get_close_matches(name, gymnax.registered_envs, n=1)
             hint = f'; did you mean "gymnax/{close[0]}"?' if close else ""
-            raise ValueError(f'unknown environment "gymnax/{name}"{hint}')
+            raise UserError(f'unknown environment "gymnax/{name}"{hint}')
         self.env, defaults = gymnax.make(name)
         self.params = defaults.replace(**params)
         self.max_steps = int(self.params.max_steps_in_episode)
@@ -31,6 +33,23 @@ class Env:
         obs, state, reward, terminated, _ = self.env.step_env(key, state, action, self.params)
         truncated = self.env.is_truncated(state, self.params)
         return state, TimeStep(obs, obs, reward, terminated, truncated & ~terminated, {})
+
+    def draw(self, state):
+        """Scene of one state: cart-pole, pendulum, and the grids of MinAtar."""
+        from core.render import BLACK, BLUE, ORANGE, PALETTE, Circle, Line, Scene
+
+        if self.env.name == "CartPole-v1":
+            cart, tip = (state.x, 0.0), (state.x + np.sin(state.theta), np.cos(state.theta))
+            ground = Line([(-2.4, 0), (2.4, 0)], BLACK)
+            return Scene((-2.6, -0.4), (2.6, 1.4), [ground, Line([cart, tip], ORANGE, 6), Circle(cart, 0.15, BLUE)])
+        if self.env.name == "Pendulum-v1":
+            tip = (np.sin(state.theta), np.cos(state.theta))
+            return Scene((-1.3, -1.3), (1.3, 1.3), [Line([(0, 0), tip], ORANGE, 8), Circle((0, 0), 0.07, BLACK)])
+        if self.env.name.endswith("MinAtar"):
+            grid = np.asarray(self.env.get_obs(state))
+            cells = [Circle((x, -y), 0.45, PALETTE[c % len(PALETTE)]) for y, x, c in np.argwhere(grid)]
+            return Scene((-0.6, -len(grid) + 0.4), (len(grid) - 0.4, 0.6), cells)
+        raise UserError(f'"gymnax/{self.env.name}" cannot be drawn')
 
 
 def _box(space):

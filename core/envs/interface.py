@@ -57,15 +57,22 @@ class Box(NamedTuple):
     def dtype(self):
         return jnp.float32
 
+    @property
+    def scale(self) -> tuple[np.ndarray, np.ndarray]:
+        """(centre [A], half range [A]); 0 and 1 where there is no bound."""
+        low, high = np.asarray(self.low, np.float32), np.asarray(self.high, np.float32)
+        bounded = np.isfinite(low) & np.isfinite(high)
+        low, high = np.where(bounded, low, -1.0), np.where(bounded, high, 1.0)
+        return ((high + low) / 2).astype(np.float32), ((high - low) / 2).astype(np.float32)
+
     def sample(self, key: jax.Array, batch: tuple[int, ...] = ()) -> jax.Array:
         return self.from_unit(jax.random.uniform(key, (*batch, *self.shape), minval=-1.0, maxval=1.0))
 
     def from_unit(self, action: jax.Array) -> jax.Array:
         """[..., A] in [−1, 1] -> [low, high]; clips."""
-        low, high = np.asarray(self.low, np.float32), np.asarray(self.high, np.float32)
-        middle = jnp.broadcast_to((high + low) / 2, action.shape)
-        return middle + jnp.clip(action, -1.0, 1.0) * jnp.broadcast_to((high - low) / 2, action.shape)
+        centre, half = (jnp.broadcast_to(x, action.shape) for x in self.scale)
+        return centre + half * jnp.clip(action, -1.0, 1.0)
 
     def clip(self, action: jax.Array) -> jax.Array:
-        low, high = np.asarray(self.low, np.float32), np.asarray(self.high, np.float32)
-        return jnp.clip(action, jnp.broadcast_to(low, action.shape), jnp.broadcast_to(high, action.shape))
+        low, high = (jnp.broadcast_to(jnp.asarray(x, jnp.float32), action.shape) for x in (self.low, self.high))
+        return jnp.clip(action, low, high)

@@ -1,0 +1,226 @@
+import functools
+
+import distrax
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import pytest
+
+from algorithms import ppo
+from core.evaluation import evaluate
+from tests import probes
+
+PPO = "algorithms/ppo.py"
+PLANTED_ERRORS = {
+    "policy gradient reversed": (PPO, "actor_loss = -jnp.minimum", "actor_loss = jnp.minimum"),
+    "ratio upside down": (PPO, 'dist.log_prob(batch["action"]) - batch["log_prob"]',
+                          'batch["log_prob"] - dist.log_prob(batch["action"])'),
+    "max for min": (PPO, "-jnp.minimum(ratio", "-jnp.maximum(ratio"),
+    "ratio not clipped": (PPO, "jnp.clip(ratio, 1 - self.config.clip, 1 + self.config.clip)", "ratio"),
+    "value not clipped": (PPO, "jnp.clip(value - batch[\"value\"], -self.config.clip, self.config.clip)",
+                          'value - batch["value"]'),
+    "half of the value loss lost": (PPO, "value_loss = 0.5 * jnp", "value_loss = jnp"),
+    "entropy punished": (PPO, "- self.config.entropy_coef * entropy", "+ self.config.entropy_coef * entropy"),
+    "advantages not standardised": (PPO, ' / (batch["advantage"].std() + 1e-8)', ""),
+    "target forgets the value": (PPO, 'target = batch["advantage"] + batch["value"]', 'target = batch["advantage"]'),
+    "successor is the reset observation": (PPO, "critic(run, step.next_obs)", "critic(run, step.obs)"),
+    "time limit as termination": (PPO, "step.terminated, step.truncated, config.discount",
+                                  "step.terminated | step.truncated, step.truncated, config.discount"),
+    "termination as time limit": (PPO, "step.terminated, step.truncated, config.discount",
+                                  "step.truncated, step.terminated, config.discount"),
+    "log-probability of the wrong action": (PPO, "dist.log_prob(action), step)", "dist.log_prob(dist.mode()), step)"),
+    "observation after the step": (PPO, "(run.obs, action, dist", "(step.obs, action, dist"),
+    "learning rate stays": (PPO, "optax.linear_schedule(config.lr, 0.0, updates) if config.anneal_lr else config.lr",
+                            "config.lr"),
+    "gradients not clipped": (PPO, "optax.clip_by_global_norm(config.max_grad_norm)", "optax.identity()"),
+    "clipped elementwise": (PPO, "optax.clip_by_global_norm(config.max_grad_norm)",
+                            "optax.clip(config.max_grad_norm)"),
+    "one epoch only": (PPO, "jax.random.split(key, self.config.num_epochs)", "jax.random.split(key, 1)"),
+    "same minibatch every time": (PPO, "lambda x: x[index], batch", "lambda x: x[: index.shape[0]], batch"),
+    "statistics move during the rollout": (PPO, "seen, value, next_value = see(run, obs)",
+                                           "seen, value, next_value = run.obs_stats.update(obs)(obs)"),
+    "evaluation sees raw observations": (PPO, "return (), run.agent.actor_critic(see(run, obs), ",
+                                         "return (), run.agent.actor_critic(obs, "),
+    "raw rewards learnt from": (PPO, "reward = run.reward_scale(reward)", "reward = reward"),
+    "statistics never updated": (PPO, "run = run._replace(obs_stats=run.obs_stats.update(obs))", "run = run"),
+    "evaluation samples": (PPO, 'method="actor").mode()', 'method="actor").sample(seed=key)'),
+}
+
+CONFIG = dict(num_envs=8, num_steps=16, env_steps=8 * 16 * 150, hidden_dims=(16, 16), lr=1e-2)
+
+
+def make_config(**changes):
+    config = ppo.get_config()
+    config.update(CONFIG)
+    config.update(changes)
+    return ml_collections.FrozenConfigDict(config)
+
+
+def train(env, config, iterations=None, seed=0):
+    env = probes.batch(env, config.num_envs)
+    init_key, key = jax.random.split(jax.random.key(seed))
+    run = ppo.init(init_key, env, config)
+    iterations = config.env_steps // (config.num_envs * config.num_steps) if iterations is None else iterations
+    step = functools.partial(ppo.train_step, env=env, config=config)
+    return jax.jit(lambda run, keys: jax.lax.scan(step, run, keys))(run, jax.random.split(key, iterations))
+
+
+@pytest.fixture
+def loose_ranks():
+    with jax.numpy_rank_promotion("allow"):  # distrax broadcasts where it samples
+        yield
+
+
+pytestmark = pytest.mark.usefixtures("loose_ranks")
+
+
+def test_continuous_actions_find_the_target():
+    run, _ = train(probes.Target(), make_config())
+    np.testing.assert_allclose(ppo.act(run, (), jnp.zeros((1, 1)), None)[1], 0.5, atol=0.05)
+
+
+def test_discrete_actions_and_their_value():
+    run, _ = train(probes.Match(), make_config())
+    obs = jnp.array([[-1.0], [1.0]])
+    np.testing.assert_array_equal(ppo.act(run, (), obs, None)[1], [0, 1])
+    np.testing.assert_allclose(run.agent.actor_critic(obs, method="critic"), 1.0, atol=0.1)
+
+
+def test_values_of_a_chain():
+    run, _ = train(probes.Chain(), make_config(discount=0.5))
+    obs = jnp.array([[0.0], [1.0]])
+    np.testing.assert_allclose(run.agent.actor_critic(obs, method="critic"), [0.5, 1.0], atol=0.05)
+
+
+def test_a_time_limit_is_not_the_end():
+    """Reward 1 for ever has the value 1 / (1 − γ), also right before the limit."""
+    run, _ = train(probes.Clock(), make_config(discount=0.5, gae_lambda=0.5))
+    value = run.agent.actor_critic(jnp.array([[0.0], [1.0], [2.0]]), method="critic")
+    np.testing.assert_allclose(value, 2.0, atol=0.1)
+
+
+def a_batch(agent, space):
+    keys = jax.random.split(jax.random.key(1), 5)
+    obs = jax.random.normal(keys[0], (32, 1))
+    action = space.sample(keys[1], (32,))
+    log_prob = agent.actor_critic(obs, method="actor").log_prob(action) + 0.3 * jax.random.normal(keys[2], (32,))
+    value, advantage = jax.random.normal(keys[3], (2, 32))
+    return dict(obs=obs, action=action, log_prob=log_prob, value=value, advantage=advantage)
+
+
+@pytest.mark.parametrize("env", [probes.Match(), probes.Target()], ids=["discrete", "continuous"])
+def test_loss_is_the_equation(env):
+    config = make_config(value_coef=0.7, entropy_coef=0.03, clip=0.15)
+    agent = ppo.init(jax.random.key(0), probes.batch(env), config).agent
+    raw = a_batch(agent, env.action_space)
+    batch = {k: np.asarray(v, np.float64) for k, v in raw.items()}
+    dist, v = agent.actor_critic(raw["obs"])
+    if isinstance(dist, distrax.Categorical):
+        p = np.asarray(dist.probs, np.float64)
+        log_prob = np.log(p[np.arange(32), raw["action"]])
+        entropy = -(p * np.log(p)).sum(-1).mean()
+    else:
+        mean, std = np.asarray(dist.loc, np.float64)[:, 0], np.asarray(dist.scale_diag, np.float64)[:, 0]
+        log_prob = -0.5 * ((batch["action"][:, 0] - mean) / std) ** 2 - np.log(std) - 0.5 * np.log(2 * np.pi)
+        entropy = (0.5 * np.log(2 * np.pi * np.e) + np.log(std)).mean()
+    ratio = np.exp(log_prob - batch["log_prob"])
+    a = (batch["advantage"] - batch["advantage"].mean()) / batch["advantage"].std()
+    actor = -np.mean([min(r * x, np.clip(r, 0.85, 1.15) * x) for r, x in zip(ratio, a, strict=True)])
+    g, old, v = batch["advantage"] + batch["value"], batch["value"], np.asarray(v, np.float64)
+    value = 0.5 * np.mean(np.maximum((v - g) ** 2, (old + np.clip(v - old, -0.15, 0.15) - g) ** 2))
+    loss, info = agent.loss(agent.actor_critic.params, raw)
+    np.testing.assert_allclose(loss, actor + 0.7 * value - 0.03 * entropy, rtol=1e-4)
+    np.testing.assert_allclose(info["clipped"], np.mean(np.abs(ratio - 1) > 0.15), rtol=1e-5)
+
+
+def test_update_is_clipped_annealed_adam_over_every_sample():
+    """One minibatch an epoch, so the order does not matter: the same steps by hand, on unflattened parameters."""
+    config = make_config(num_epochs=3, num_minibatches=1, env_steps=128 * 2, max_grad_norm=0.05)
+    agent = ppo.init(jax.random.key(0), probes.batch(probes.Match()), config).agent
+    batch = a_batch(agent, probes.Match().action_space)
+    new, _ = agent.update(batch, jax.random.key(1))
+    schedule = optax.linear_schedule(config.lr, 0.0, 6)
+    tx = optax.chain(optax.clip_by_global_norm(0.05), optax.adam(schedule, eps=1e-5))
+    params, state = agent.actor_critic.params, tx.init(agent.actor_critic.params)
+    for _ in range(3):
+        grads = jax.grad(agent.loss, has_aux=True)(params, batch)[0]
+        assert sum(jnp.square(g).sum() for g in jax.tree.leaves(grads)) > 0.05**2
+        updates, state = tx.update(grads, state)
+        params = optax.apply_updates(params, updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), new.actor_critic.params, params)
+
+
+def test_every_epoch_sees_every_sample_once():
+    """With γ irrelevant and a loss that is linear in the sample's index, minibatches add up to the whole."""
+    config = make_config(num_epochs=1, num_minibatches=4, lr=0.0)
+    agent = ppo.init(jax.random.key(0), probes.batch(probes.Match()), config).agent
+    batch = a_batch(agent, probes.Match().action_space)
+    _, info = agent.update(batch, jax.random.key(1))
+    _, whole = agent.loss(agent.actor_critic.params, batch)
+    np.testing.assert_allclose(info["value_loss"], whole["value_loss"], rtol=1e-5)
+    np.testing.assert_allclose(info["clipped"], whole["clipped"], rtol=1e-5)
+
+
+def test_statistics_are_frozen_for_rollout_loss_and_evaluation():
+    """In the first epoch of any iteration the ratio is exactly 1, whatever the statistics are about to become."""
+    config = make_config(normalize_obs=True, num_epochs=1, num_minibatches=1)
+    run, info = train(probes.Clock(), config, iterations=3)
+    np.testing.assert_array_equal(info["clipped"], 0.0)
+    np.testing.assert_allclose(info["actor_loss"], 0.0, atol=1e-5)
+    assert run.obs_stats.count > 3 * 127 and run.obs_stats.mean[0] == pytest.approx(1.0, abs=0.05)
+    obs = jnp.array([[5.0]])
+    greedy = run.agent.actor_critic(run.obs_stats(obs), method="actor").mode()
+    np.testing.assert_array_equal(ppo.act(run, (), obs, None)[1], greedy)
+
+
+def test_evaluation_is_greedy_and_normalised():
+    config = make_config(normalize_obs=True, env_steps=8 * 16 * 40)
+    run, _ = train(probes.Target(), config)
+    stats = run.obs_stats.replace(mean=jnp.full(1, 3.0))
+    obs, run = jnp.zeros((4, 1)), run._replace(obs_stats=stats)
+    action = ppo.act(run, (), obs, jax.random.key(0))[1]
+    np.testing.assert_allclose(action, run.agent.actor_critic(stats(obs), method="actor").mode())
+    returns, length = evaluate(functools.partial(ppo.act, run), probes.batch(probes.Target(), 4), jax.random.key(0))
+    np.testing.assert_allclose(returns, -jnp.square(action[:, 0] - 0.5), rtol=1e-5)
+    np.testing.assert_array_equal(length, 1)
+
+
+def test_rewards_are_scaled_for_learning_and_raw_in_the_statistics():
+    config = make_config(normalize_reward=True, discount=0.5)
+    run, info = train(probes.Chain(), config)
+    std = np.sqrt(run.reward_scale.stats.var)
+    assert std == pytest.approx(0.5, abs=0.02)  # discounted returns 0 and 1, half of each
+    value = run.agent.actor_critic(jnp.array([[0.0], [1.0]]), method="critic")
+    np.testing.assert_allclose(value * std, [0.5, 1.0], atol=0.06)
+    np.testing.assert_array_equal(info["episode"]["return"], info["episode"]["count"])
+
+
+def test_seeds_under_vmap_match_seeds_alone():
+    config, env = make_config(), probes.batch(probes.Match())
+
+    def params(key):
+        init_key, key = jax.random.split(key)
+        step = functools.partial(ppo.train_step, env=env, config=config)
+        run = jax.lax.scan(step, ppo.init(init_key, env, config), jax.random.split(key, 3))[0]
+        return run.agent.actor_critic.params
+
+    with jax.debug_key_reuse(False):  # it misfires on a scan over keys under vmap
+        keys = jax.random.split(jax.random.key(0), 3)
+        together, alone = jax.jit(jax.vmap(params))(keys), jax.jit(params)(keys[1])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-3, atol=1e-5), together, alone)
+
+
+def test_train_step_is_traced_once():
+    config, env, traces = make_config(), probes.batch(probes.Match()), []
+
+    @jax.jit
+    def step(run, key):
+        traces.append(1)
+        return ppo.train_step(run, key, env, config)
+
+    run = ppo.init(jax.random.key(0), env, config)
+    for i in range(3):
+        run, _ = step(run, jax.random.key(i))
+    assert len(traces) == 1
