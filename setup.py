@@ -1,6 +1,6 @@
 from setuptools import setup
 
-envs = ["gymnax>=1.0"]
+envs = ["gymnax>=1.0", "jaxmarl>=0.2"]
 mujoco = ["gymnasium[mujoco]>=1.1"]
 offline = ["h5py", "minari"]
 cluster = ["submitit"]
