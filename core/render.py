@@ -11,6 +11,7 @@ plan) the caller appends to `scene.shapes`.
 import contextlib
 import os
 import pathlib
+import subprocess
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -82,7 +83,7 @@ def film(scenes: Sequence[Scene], reward: np.ndarray | None = None, height: int 
         image = Image.new("RGB", (width + (curves.width if curves else 0), SCALE * height), WHITE)
         draw = ImageDraw.Draw(image)
         for i, agent in enumerate(agents[t]):
-            draw_trail(draw, pixels(paths[max(0, t - trail):t + 1, i]), agent.colour, trail)
+            draw_trail(draw, pixels(paths[max(0, t - trail):t + 1, i]), agent.colour)
         for shape in scene.shapes:
             draw_shape(draw, shape, pixels, scale)
         if curves:
@@ -105,10 +106,10 @@ def draw_shape(draw: ImageDraw.ImageDraw, shape: Circle | Line, pixels: Any, sca
     draw.ellipse([x - radius, y - radius, x + radius, y + radius], **outline)
 
 
-def draw_trail(draw: ImageDraw.ImageDraw, points: np.ndarray, colour: Colour, trail: int) -> None:
+def draw_trail(draw: ImageDraw.ImageDraw, points: np.ndarray, colour: Colour) -> None:
     """A line through points [K, 2] that fades towards its first."""
     for age, (a, b) in enumerate(zip(points[-2::-1], points[:0:-1], strict=True)):
-        fade = 0.35 + 0.6 * age / trail
+        fade = 0.35 + 0.6 * age / len(points)
         faded = tuple(round(c + (255 - c) * fade) for c in colour)
         draw.line([*a, *b], faded, 2 * SCALE)
 
@@ -147,10 +148,10 @@ class Curves:
 def write_gif(path: str | os.PathLike, frames: np.ndarray, fps: float = 10) -> None:
     """frames [T, H, W, 3] uint8; one palette of 64 colours for all of them, no dithering: small, and still."""
     sample = frames[np.linspace(0, len(frames) - 1, min(len(frames), 8)).astype(int)]
-    palette = Image.fromarray(np.concatenate(sample)).quantize(64)
+    palette = Image.fromarray(np.concatenate(sample)).quantize(64, Image.Quantize.MAXCOVERAGE, kmeans=1)
     first, *rest = [Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
     with replacing(path) as temporary:
-        first.save(temporary, "GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, optimize=True)
+        first.save(temporary, "GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
 
 
 def write_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float = 10) -> None:
@@ -159,15 +160,12 @@ def write_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float = 10) -> N
         import imageio_ffmpeg
     except ImportError as error:
         raise ImportError("an MP4 needs imageio-ffmpeg: pip install imageio-ffmpeg") from error
-    with replacing(path) as temporary:
-        writer = imageio_ffmpeg.write_frames(
-            str(temporary), frames.shape[2:0:-1], fps=fps, macro_block_size=2, output_params=["-f", "mp4"])
-        with warnings.catch_warnings():  # JAX warns of any fork; this one only starts a program
-            warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
-            writer.send(None)
-        for frame in np.ascontiguousarray(frames):
-            writer.send(frame)
-        writer.close()
+    size = f"{frames.shape[2]}x{frames.shape[1]}"
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(fps), "-i", "-"]
+    with replacing(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)  # JAX warns of any; this one only starts a program
+        subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *source,
+                        "-pix_fmt", "yuv420p", "-f", "mp4", temporary], input=frames.tobytes(), check=True)
 
 
 @contextlib.contextmanager
