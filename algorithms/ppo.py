@@ -164,14 +164,14 @@ def train_step(run, key, env, config):
 
 
 def rollout(run, key, env, config):  # -> run, leaves (T, E, ...)
-    def env_step(run, key):
-        act_key, env_key = jax.random.split(key)
+    def env_step(run, keys):
+        act_key, env_key = keys
         dist = run.agent.actor_critic(see(run, run.obs), method="actor")
         action = dist.sample(seed=act_key)
         env_state, step = env.step(env_key, run.env_state, action)
         return run._replace(env_state=env_state, obs=step.obs), (run.obs, action, dist.log_prob(action), step)
 
-    return jax.lax.scan(env_step, run, jax.random.split(key, config.num_steps))
+    return jax.lax.scan(env_step, run, jax.random.split(key, (config.num_steps, 2)))
 
 
 def see(run, obs):

@@ -34,11 +34,16 @@ class Batch:
         return BatchState(state, jnp.zeros((self.num_envs, *agents)), jnp.zeros(self.num_envs, jnp.int32)), obs
 
     def step(self, key: jax.Array, env_state: BatchState, action: jax.Array) -> tuple[BatchState, TimeStep]:
-        step_keys, reset_keys = jax.random.split(key, (2, self.num_envs))
-        state, step = jax.vmap(self.env.step)(step_keys, env_state.env, action)
-        fresh_state, fresh_obs = jax.vmap(self.env.reset)(reset_keys)
+        step_key, reset_key = jax.random.split(key)
+        state, step = jax.vmap(self.env.step)(jax.random.split(step_key, self.num_envs), env_state.env, action)
         done = step.terminated | step.truncated
-        state, obs = jax.tree.map(lambda new, old: where(done, new, old), (fresh_state, fresh_obs), (state, step.obs))
+
+        def restart(state, obs):
+            fresh = jax.vmap(self.env.reset)(jax.random.split(reset_key, self.num_envs))
+            return jax.tree.map(lambda new, old: where(done, new, old), fresh, (state, obs))
+
+        # Drawing fresh episodes costs more than many a step, and most steps end none.
+        state, obs = jax.lax.cond(done.any(), restart, lambda *same: same, state, step.obs)
         total, length = env_state.episode_return + step.reward, env_state.episode_length + 1
         episode = {"count": done, "return": where(done, total, 0.0), "length": where(done, length, 0)}
         env_state = BatchState(state, where(done, 0.0, total), where(done, 0, length))
