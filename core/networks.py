@@ -2,7 +2,23 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
+
+
+def orthogonal(scale: float) -> Callable[..., jax.Array]:
+    """Initialiser: `scale` times a matrix of orthonormal columns or rows, uniform among them.
+
+    It is the polar factor X (XᵀX)^(−½) of a normal X, by Newton-Schulz iteration. The usual QR factor would do, but
+    LAPACK calls batched over seeds wait for the threads they run on, and can wait for ever (jaxlib 0.10, few cores).
+    """
+    def init(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+        x = jax.random.normal(key, (max(shape), min(shape)), dtype)
+        x = x / jnp.linalg.norm(x)  # every singular value in (0, 1]; 1.5 times the smallest ones an iteration
+        x = jax.lax.fori_loop(0, 60, lambda _, x: 1.5 * x - 0.5 * x @ (x.T @ x), x)
+        return scale * (x if shape[0] >= shape[1] else x.T)
+
+    return init
 
 
 class MLP(nn.Module):
@@ -18,7 +34,7 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         for i, dim in enumerate(self.dims):
             linear = i + 1 == len(self.dims) and not self.activate_final
-            x = nn.Dense(dim, kernel_init=nn.initializers.orthogonal(self.final_scale if linear else self.scale))(x)
+            x = nn.Dense(dim, kernel_init=orthogonal(self.final_scale if linear else self.scale))(x)
             x = x if linear else self.activation(x)
         return x
 
