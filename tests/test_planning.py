@@ -22,9 +22,9 @@ PLANTED_ERRORS = {
     "kept elites lost": (FILE, "actions), costs[:num_kept]", "actions), jnp.inf * jnp.ones(num_kept)"),
     "colour of amplitude, not power": (FILE, "** (-beta / 2)", "** -beta"),
     "constant component halved": (FILE, "real[edges] *= np.sqrt(2)", "real[edges] *= np.sqrt(1)"),
-    "colour along the plans": (FILE, "(colouring(horizon, beta) @ white).reshape(shape)",
-                               "(colouring(shape[1], beta) @ normal(key, (shape[1], horizon * shape[2]))).reshape("
-                               "shape[1], horizon, shape[2]).swapaxes(0, 1)"),
+    "colour along (time, dimension)": (FILE, "(colouring(horizon, beta) @ white).reshape(shape)",
+                                       "(colouring(horizon * action_dim, beta) @ white.reshape(shape).swapaxes(1, 2)."
+                                       "reshape(-1, num_plans)).reshape(horizon, -1, num_plans).swapaxes(1, 2)"),
     "one noise for all dimensions": (FILE, "@ white).reshape(shape)", "@ white).reshape(shape)[..., [0, 0]]"),
     "half a normal": (FILE, "bits >> 9", "bits >> 10"),
     "momentum the wrong way": (FILE, "std = momentum * std + (1 - momentum)",

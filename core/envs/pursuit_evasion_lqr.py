@@ -1,0 +1,109 @@
+"""An evader that the agent steers, and a pursuer that plays a linear-quadratic controller of hidden cost.
+
+    x = (p_e, v_e, p_p, v_p), both double integrators:   p' = p + v·dt + ½ a·dt²,   v' = v + a·dt
+    a_p = argmin_u |A x_p + B u − x_e|²_Q + |u|²_R = −G (A x_p − x_e),   G = (R + BᵀQB)⁻¹ BᵀQ          gain
+    cost = −|p_e − p_p|² + 10 |u|² + |p_e|²,   terminal −|p_e − p_p|²
+
+Hidden are the logarithms of the diagonals of Q (4) and R (2). They act through G [2, 4] alone: at most 4 of the 6 (8 of
+the 20 numbers of full Cholesky factors) can be told from what the pursuer does, so `gain_error` is the measure, never a
+norm of the parameters. In G the next state is exactly linear. A belief may be about either, or about any Q and R:
+
+    dynamics(params, x, u) = pursue(gain_of(params), x, u),    pursue(gain(L Lᵀ, M Mᵀ), x, u)
+
+Positions start in U(−10, 10)², velocities at 0. Starts, horizon and prior follow Palafox et al. (2026,
+arXiv:2601.21988).
+"""
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from core.envs import hidden
+from core.envs.interface import Box
+
+
+class Params(NamedTuple):
+    log_q: jax.Array  # [4] position x, y, velocity x, y
+    log_r: jax.Array  # [2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Env:
+    q: tuple[float, ...] = (10.0, 10.0, 1.0, 1.0)
+    r: tuple[float, ...] = (0.1, 0.1)
+    max_accel: float = 2.0  # of the evader; the pursuer has no limit
+    half_width: float = 10.0
+    control_weight: float = 10.0
+    dt: float = 0.1
+    max_steps: int = 250
+    spread: float = 1.0
+    jump_step: int = 0
+    jump_by: tuple[tuple[str, float], ...] = ()
+    drift: float = 0.0
+    process_noise: float = 0.0
+    observation_noise: float = 0.0
+
+    informative = (6, 7)  # entries of x' that Params reach, less multiples of others
+
+    @property
+    def action_space(self):
+        return Box((-self.max_accel,) * 2, (self.max_accel,) * 2)
+
+    @property
+    def truth(self) -> Params:
+        return Params(jnp.float32(np.log(self.q)), jnp.float32(np.log(self.r)))
+
+    @property
+    def guess(self) -> Params:
+        return Params(jnp.zeros(4), jnp.zeros(2))
+
+    def start(self, key: jax.Array) -> jax.Array:
+        evader, pursuer = jax.random.uniform(key, (2, 2), minval=-self.half_width, maxval=self.half_width)
+        return jnp.concatenate([evader, jnp.zeros(2), pursuer, jnp.zeros(2)])
+
+    def reset(self, key):
+        return hidden.reset(self, key)
+
+    def step(self, key, state, action):
+        return hidden.step(self, key, state, action)
+
+    def dynamics(self, params: Params, x: jax.Array, action: jax.Array) -> jax.Array:
+        """[8], [2] -> [8]."""
+        return self.pursue(self.gain_of(params), x, action)
+
+    def pursue(self, gain: jax.Array, x: jax.Array, action: jax.Array) -> jax.Array:
+        """gain [2, 4], x [8], action [2] -> x [8]; in scalars, so that a population of x makes vectors of them."""
+        (ex, ey, evx, evy, px, py, pvx, pvy), (ux, uy) = x, action
+        dt, half = self.dt, 0.5 * self.dt**2
+        gap = (px + pvx * dt - ex, py + pvy * dt - ey, pvx - evx, pvy - evy)
+        ax, ay = (-sum(g * e for g, e in zip(row, gap, strict=True)) for row in gain)
+        return jnp.stack([
+            ex + evx * dt + half * ux, ey + evy * dt + half * uy, evx + ux * dt, evy + uy * dt,
+            px + pvx * dt + half * ax, py + pvy * dt + half * ay, pvx + ax * dt, pvy + ay * dt])
+
+    def gain_of(self, params: Params) -> jax.Array:
+        """[2, 4]. `gain` for diagonal Q and R, where the two axes are apart."""
+        q, r = jnp.exp(params.log_q), jnp.exp(params.log_r)
+        position, velocity = 0.5 * self.dt**2 * q[:2], self.dt * q[2:]  # BᵀQ
+        scale = r + 0.5 * self.dt**2 * position + self.dt * velocity  # R + BᵀQB
+        return jnp.concatenate([jnp.diag(position / scale), jnp.diag(velocity / scale)], axis=1)
+
+    def gain(self, q: jax.Array, r: jax.Array) -> jax.Array:
+        """(R + BᵀQB)⁻¹ BᵀQ for any Q [4, 4] and R [2, 2] -> [2, 4]."""
+        b = np.concatenate([0.5 * self.dt**2 * np.eye(2), self.dt * np.eye(2)]).astype(np.float32)
+        ((a, b12), (b21, d)), btq = r + b.T @ q @ b, b.T @ q
+        return jnp.array([[d, -b12], [-b21, a]]) @ btq / (a * d - b12 * b21)
+
+    def gain_error(self, gain: jax.Array, params: Params) -> jax.Array:
+        """|G − G*| / |G*| in the Frobenius norm: a belief's gain [2, 4] against the truth."""
+        true_gain = self.gain_of(params)
+        return jnp.linalg.norm(gain - true_gain) / jnp.linalg.norm(true_gain)
+
+    def cost(self, x: jax.Array, action: jax.Array, next_x: jax.Array) -> jax.Array:
+        effort = self.control_weight * (action[0] ** 2 + action[1] ** 2)
+        return self.terminal_cost(x) + effort + x[0] ** 2 + x[1] ** 2
+
+    def terminal_cost(self, x: jax.Array) -> jax.Array:
+        return -((x[0] - x[4]) ** 2) - (x[1] - x[5]) ** 2
