@@ -69,7 +69,9 @@ def config_dict(config) -> dict:
 def smoke(config):
     """The same program in seconds: two iterations, two evaluation episodes."""
     iteration = config.num_envs * config.num_steps
-    config.update(env_steps=2 * iteration, eval_every=iteration, eval_episodes=2)
+    config.update(env_steps=2 * iteration, eval_every=iteration)
+    if "eval_episodes" in config:
+        config.eval_episodes = 2
     return config
 
 

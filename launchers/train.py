@@ -52,13 +52,14 @@ class Programs(NamedTuple):
     init: Callable  # seed -> run
     zeros: Callable  # run -> totals
     train: Callable  # run, totals, seed, start, stop -> run, totals
-    test: Callable  # run, key -> returns, lengths
+    test: Callable  # run, key -> {measure: value}, "return" among them
 
 
 def build(algorithm, config, num_seeds):
     """The programs over the seed axis: every leaf of what they take and give is [S, ...]."""
-    env, eval_env = (make_env(config.env, n, **config.get("env_kwargs", {}))
-                     for n in (config.num_envs, config.eval_episodes))
+    env = make_env(config.env, config.num_envs, **config.get("env_kwargs", {}))
+    if not hasattr(algorithm, "measure"):
+        eval_env = make_env(config.env, config.eval_episodes, **config.get("env_kwargs", {}))
     if num_seeds > 1 and getattr(env, "on_host", False):
         raise UserError(f'environment "{config.env}" runs on the host, one seed per process: --num_seeds=1')
 
@@ -81,8 +82,10 @@ def build(algorithm, config, num_seeds):
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), info), jnp.int32(-1)
 
     def test(run, key):
+        if hasattr(algorithm, "measure"):  # it learns within the episode that it is judged by
+            return algorithm.measure(run)
         carry = algorithm.initial_carry(run, config.eval_episodes) if hasattr(algorithm, "initial_carry") else ()
-        return evaluate(functools.partial(algorithm.act, run), eval_env, key, carry)
+        return score(*evaluate(functools.partial(algorithm.act, run), eval_env, key, carry))
 
     return Programs(
         cli.per_seed(init, num_seeds), cli.per_seed(zeros, num_seeds),
@@ -124,19 +127,22 @@ class NotFinite(Exception):
     """Iteration and seed of the first loss that is NaN or infinite."""
 
 
-def metrics_of(returns, length, totals, iterations):
-    """{column: [S]} of one evaluation: returns [S, E] or [S, E, N], length [S, E], and sums over `iterations`."""
+def score(returns, length):
+    """Scalars of one seed's evaluation: returns [E] or, summed over a team, [E, N], and lengths [E]."""
+    total = returns if returns.ndim == 1 else returns.sum(axis=1)
+    agents = {} if returns.ndim == 1 else {f"return_agent{n}": r for n, r in enumerate(returns.mean(axis=0))}
+    return {"return": total.mean(), "return_std": total.std(), "length": length.mean()} | agents
+
+
+def metrics_of(tested, totals, iterations):
+    """{column: [S]}: the evaluation, and the means over the `iterations` before it."""
     sums = dict(totals)
-    episode = {k: np.asarray(v, np.float64).reshape(len(length), -1).sum(1) for k, v in sums.pop("episode", {}).items()}
-    team = returns if returns.ndim == 2 else returns.sum(2)
-    row = {"return": team.mean(1), "return_std": team.std(1), "length": length.mean(1)}
-    if returns.ndim == 3:
-        row |= {f"return_agent{n}": returns[:, :, n].mean(1) for n in range(returns.shape[2])}
+    episode = {k: v.reshape(len(v), -1).sum(axis=1) for k, v in sums.pop("episode", {}).items()}
     if episode:
         count = np.where(episode["count"] > 0, episode["count"], np.nan)
-        row |= dict(train_return=episode["return"] / count, train_length=episode["length"] / count,
-                    train_episodes=episode["count"])
-    return row | {k: np.asarray(v) / iterations for k, v in sums.items()}
+        tested = tested | dict(train_return=episode["return"] / count, train_length=episode["length"] / count,
+                               train_episodes=episode["count"])
+    return tested | {k: v / iterations for k, v in sums.items()}
 
 
 def open_workdir(config):
@@ -196,8 +202,8 @@ def main(_):
             raise UserError(f"a loss is not finite at env step {(iteration + 1) * per_iteration} of seed {seed}; "
                             f"the last good checkpoint: {last[0]}") from None
         seconds += time.perf_counter() - began
-        returns, length = (np.asarray(x) for x in programs.test(run, jax.random.key(FLAGS.eval_seed)))
-        row, i, whole = metrics_of(returns, length, jax.tree.map(np.asarray, sums), stop - i), stop, gather(run)
+        tested, sums = jax.tree.map(np.asarray, (programs.test(run, jax.random.key(FLAGS.eval_seed)), sums))
+        row, i, whole = metrics_of(tested, sums, stop - i), stop, gather(run)
         bar.set_postfix({"return": f"{row['return'].mean():.4g}"})
         if lead:
             logger.write(i * per_iteration, row)
