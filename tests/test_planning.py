@@ -12,41 +12,77 @@ from core.envs.batch import where
 
 FILE = "core/planning.py"
 PLANTED_ERRORS = {
-    "plans not shifted": (FILE, "jnp.concatenate([plan[1:], plan[-1:]])", "plan"),
-    "elites not shifted": (FILE, "shift(elites[:, :num_kept])", "elites[:, :num_kept]"),
-    "stale costs in a new step": (FILE, "evaluate(cost_fn, actions), jnp.inf)",
-                                  "jnp.append(evaluate(cost_fn, actions)[:num_samples], costs), jnp.inf)"),
-    "absent elites compete": (FILE, "jnp.isfinite(costs))\n            costs", "costs > 0)\n            costs"),
-    "last elite action not redrawn": (FILE, "jnp.concatenate([carry.elites[:-1], jnp.clip(last_action, *box)])",
-                                      "carry.elites"),
-    "kept elites lost": (FILE, "actions), costs[:num_kept]", "actions), jnp.inf * jnp.ones(num_kept)"),
-    "colour of amplitude, not power": (FILE, "** (-beta / 2)", "** -beta"),
-    "constant component halved": (FILE, "real[edges] *= np.sqrt(2)", "real[edges] *= np.sqrt(1)"),
-    "colour along (time, dimension)": (FILE, "(colouring(horizon, beta) @ white).reshape(shape)",
-                                       "(colouring(horizon * action_dim, beta) @ white.reshape(shape).swapaxes(1, 2)."
-                                       "reshape(-1, num_plans)).reshape(horizon, -1, num_plans).swapaxes(1, 2)"),
-    "one noise for all dimensions": (FILE, "@ white).reshape(shape)", "@ white).reshape(shape)[..., [0, 0]]"),
-    "half a normal": (FILE, "bits >> 9", "bits >> 10"),
-    "momentum the wrong way": (FILE, "std = momentum * std + (1 - momentum)",
-                               "std = (1 - momentum) * std + momentum"),
-    "variance for deviation": (FILE, "jnp.sqrt(elite_var)", "elite_var"),
-    "worst plans are elites": (FILE, "lax.top_k(-costs, num_elites)", "lax.top_k(costs, num_elites)"),
-    "NaN is a good cost": (FILE, "jnp.where(jnp.isfinite(costs), costs, jnp.inf)", "jnp.nan_to_num(costs, nan=-1e-10)"),
-    "minus infinity is good": (FILE, "jnp.where(jnp.isfinite(costs), costs, jnp.inf)",
-                               "jnp.where(jnp.isnan(costs), jnp.inf, costs)"),
-    "bad elites weigh in": (FILE, "good = jnp.isfinite(costs)\n", "good = jnp.ones_like(costs, bool)\n"),
-    "no decay": (FILE, "int(sizes[-1] / decay)", "int(sizes[0])"),
-    "fewer than two elites' worth": (FILE, "max(2 * num_elites, int", "max(num_elites, int"),
-    "mean not injected": (FILE, "if i == num_iterations - 1:", "if i == num_iterations:"),
-    "bounds forgotten": (FILE, "jnp.clip(mean[:, None] + std[:, None] * noise[i], *box)",
-                         "mean[:, None] + std[:, None] * noise[i]"),
-    "modes swapped": (FILE, 'if return_mode == "best"', 'if return_mode == "mean"'),
-    "CEM variance unconstrained": (FILE, "jnp.minimum(var, jnp.square(room / 2))", "var"),
-    "CEM repeats the last action": (FILE, "jnp.concatenate([mean[1:], middle])", "shift(mean)"),
-    "MPPI prefers the worst": (FILE, "jax.nn.softmax(-costs / temperature)", "jax.nn.softmax(costs / temperature)"),
-    "MPPI without a finite cost": (FILE, "jnp.where(jnp.isfinite(costs).any(), weighted, mean)", "weighted"),
-    "terminal cost forgotten": (FILE, "return total + jax.vmap(terminal_cost)(x)", "return total"),
-    "cost of the old state": (FILE, "jax.vmap(cost)(x, action, next_x)", "jax.vmap(cost)(x, action, x)"),
+    "plans not shifted": (FILE, "jnp.concatenate([plan[1:], plan[-1:]])", "plan", "test_icem_is_the_algorithm"),
+    "elites not shifted": (FILE, "shift(elites[:, :num_kept])", "elites[:, :num_kept]", "test_icem_is_the_algorithm"),
+    "stale costs in a new step": (
+        FILE, "evaluate(cost_fn, actions), jnp.inf)",
+        "jnp.append(evaluate(cost_fn, actions)[:num_samples], costs), jnp.inf)",
+        "test_icem_is_the_algorithm"),
+    "absent elites compete": (
+        FILE, "jnp.isfinite(costs))\n            costs", "costs > 0)\n            costs",
+        "test_icem_is_the_algorithm"),
+    "last elite action not redrawn": (
+        FILE, "jnp.concatenate([carry.elites[:-1], jnp.clip(last_action, *box)])", "carry.elites",
+        "test_icem_is_the_algorithm"),
+    "kept elites lost": (
+        FILE, "actions), costs[:num_kept]", "actions), jnp.inf * jnp.ones(num_kept)",
+        "test_icem_is_the_algorithm"),
+    "colour of amplitude, not power": (
+        FILE, "** (-beta / 2)", "** -beta",
+        "test_the_spectrum_of_the_noise_falls_as_its_colour_says"),
+    "constant component halved": (
+        FILE, "real[edges] *= np.sqrt(2)", "real[edges] *= np.sqrt(1)",
+        "test_the_spectrum_of_the_noise_falls_as_its_colour_says"),
+    "colour along (time, dimension)": (
+        FILE, "(colouring(horizon, beta) @ white).reshape(shape)",
+        "(colouring(horizon * action_dim, beta) @ white.reshape(shape).swapaxes(1, 2).reshape(-1, num_plans))."
+        "reshape(horizon, -1, num_plans).swapaxes(1, 2)",
+        "test_the_spectrum_of_the_noise_falls_as_its_colour_says"),
+    "one noise for all dimensions": (
+        FILE, "@ white).reshape(shape)", "@ white).reshape(shape)[..., :1].repeat(shape[2], 2)",
+        "test_the_spectrum_of_the_noise_falls_as_its_colour_says"),
+    "half a normal": (FILE, "bits >> 9", "bits >> 10", "test_normals_are_normal"),
+    "momentum the wrong way": (
+        FILE, "std = momentum * std + (1 - momentum)", "std = (1 - momentum) * std + momentum",
+        "test_icem_is_the_algorithm"),
+    "variance for deviation": (FILE, "jnp.sqrt(elite_var)", "elite_var", "test_icem_is_the_algorithm"),
+    "worst plans are elites": (
+        FILE, "lax.top_k(-costs, num_elites)", "lax.top_k(costs, num_elites)",
+        "test_icem_is_the_algorithm"),
+    "NaN is a good cost": (
+        FILE, "jnp.where(jnp.isfinite(costs), costs, jnp.inf)", "jnp.nan_to_num(costs, nan=-1e-10)",
+        "test_a_plan_without_a_finite_cost_is_never_elite"),
+    "minus infinity is good": (
+        FILE, "jnp.where(jnp.isfinite(costs), costs, jnp.inf)", "jnp.where(jnp.isnan(costs), jnp.inf, costs)",
+        "test_a_plan_without_a_finite_cost_is_never_elite"),
+    "bad elites weigh in": (
+        FILE, "good = jnp.isfinite(costs)\n", "good = jnp.ones_like(costs, bool)\n",
+        "test_a_plan_without_a_finite_cost_is_never_elite"),
+    "no decay": (FILE, "int(sizes[-1] / decay)", "int(sizes[0])", "test_evaluations_are_as_many_as_the_paper_counts"),
+    "fewer than two elites' worth": (
+        FILE, "max(2 * num_elites, int", "max(num_elites, int",
+        "test_evaluations_are_as_many_as_the_paper_counts"),
+    "mean not injected": (FILE, "if i == num_iterations - 1:", "if i == num_iterations:", "test_icem_is_the_algorithm"),
+    "bounds forgotten": (
+        FILE, "jnp.clip(mean[:, None] + std[:, None] * noise[i], *box)", "mean[:, None] + std[:, None] * noise[i]",
+        "test_icem_is_the_algorithm"),
+    "modes swapped": (FILE, 'if return_mode == "best"', 'if return_mode == "mean"', "test_icem_is_the_algorithm"),
+    "CEM variance unconstrained": (FILE, "jnp.minimum(var, jnp.square(room / 2))", "var", "test_cem_is_the_algorithm"),
+    "CEM repeats the last action": (
+        FILE, "jnp.concatenate([mean[1:], middle])", "shift(mean)",
+        "test_cem_is_the_algorithm"),
+    "MPPI prefers the worst": (
+        FILE, "jax.nn.softmax(-costs / temperature)", "jax.nn.softmax(costs / temperature)",
+        "test_a_plan_without_a_finite_cost_is_never_elite"),
+    "MPPI without a finite cost": (
+        FILE, "jnp.where(jnp.isfinite(costs).any(), weighted, mean)", "weighted",
+        "test_a_plan_without_a_finite_cost_is_never_elite"),
+    "terminal cost forgotten": (
+        FILE, "return total + jax.vmap(terminal_cost)(x)", "return total",
+        "test_the_cost_of_a_trajectory_is_the_sum_over_its_steps"),
+    "cost of the old state": (
+        FILE, "jax.vmap(cost)(x, action, next_x)", "jax.vmap(cost)(x, action, x)",
+        "test_the_cost_of_a_trajectory_is_the_sum_over_its_steps"),
 }
 
 LOW, HIGH = jnp.float32([-1.0, -2.0]), jnp.float32([1.0, 3.0])
