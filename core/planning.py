@@ -49,7 +49,7 @@ def initial_carry(low: jax.Array, high: jax.Array, horizon: int, num_kept: int =
     middle = jnp.float32(low) / 2 + jnp.float32(high) / 2
     mean = jnp.broadcast_to(middle, (horizon, middle.size))
     elites = jnp.broadcast_to(middle, (horizon, num_kept, middle.size))
-    return Carry(mean, elites, jnp.full(num_kept, jnp.inf))
+    return Carry(mean, elites, jnp.full(num_kept, jnp.inf, jnp.float32))
 
 
 def icem(key: jax.Array, cost_fn: CostFn, carry: Carry, low: jax.Array, high: jax.Array, *, num_samples: int,
