@@ -4,6 +4,6 @@ from algorithms import ppo
 
 def get_config():
     config = ppo.get_config()
-    config.update(env="gymnax/Breakout-MinAtar", num_envs=64, num_steps=128, env_steps=5_000_000, eval_every=500_000)
+    config.update(env="gymnax/Breakout-MinAtar", num_envs=64, num_steps=128, env_steps=1_000_000, eval_every=100_000)
     config.update(lr=1e-3, num_minibatches=8)
     return config

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import shlex
 import shutil
 import signal
 import socket
@@ -17,21 +18,29 @@ ROOT = pathlib.Path(__file__).parents[1]
 TINY = ("--config=algorithms/ppo.py", "--config.env_steps=2560", "--config.eval_every=640", "--config.num_steps=16",
         "--config.num_envs=4", "--config.hidden_dims=(8,)", "--config.eval_episodes=2")
 
-TRAIN, CHECKPOINT, CLI, LOGGING = "launchers/train.py", "core/checkpoint.py", "launchers/cli.py", "core/logging.py"
-PLANTED_ERRORS = {
+TRAIN, CHECKPOINT, LOGGING = "launchers/train.py", "core/checkpoint.py", "core/logging.py"
+KILLED = "test_killed_at_any_moment_and_resumed_it_is_the_same_run"
+PLANTED_ERRORS = {  # and the test that has to notice
     "key depends on the chunk": (TRAIN, "jax.random.fold_in(key, i), env", "jax.random.fold_in(key, i - start), env",
-                                 "chunks"),
-    "resume starts over": (TRAIN, "i, seconds, row = meta[\"iteration\"]", "i, seconds, row = 0", "killed"),
-    "restored arrays thrown away": (TRAIN, "run, meta = checkpoint.restore_newest(folder, run)",
-                                    "_, meta = checkpoint.restore_newest(folder, run)", "killed"),
-    "rows of a lost stretch kept": (LOGGING, "splitlines(keepends=True)[: rows + 1]", "splitlines(keepends=True)",
-                                    "killed"),
-    "damage not noticed": (CHECKPOINT, "    verify(path)\n    target", "    target", "damaged"),
-    "written in place": (CHECKPOINT, 'folder / f"partial_{step:012d}"', 'folder / f"step_{step:012d}"', "killed"),
-    "non-finite loss ignored": (TRAIN, "if (bad >= 0).any():", "if (bad > 10**9).any():", "finite"),
-    "changed config accepted": (TRAIN, "if old.get(k) != config.get(k)]", "if False]", "mistake"),
+                                 "test_chunks_change_nothing"),
     "seeds share their keys": (TRAIN, "jax.random.fold_in(jax.random.key(seed), 1)",
-                               "jax.random.fold_in(jax.random.key(0), 1)", "solo"),
+                               "jax.random.fold_in(jax.random.key(0), 1)",
+                               "test_seeds_of_one_program_are_the_seeds_run_solo"),
+    "resume starts over": (TRAIN, "i, seconds, row = meta[\"iteration\"]", "i, seconds, row = 0", KILLED),
+    "restored arrays thrown away": (TRAIN, "run, meta = checkpoint.restore_newest(folder, run)",
+                                    "_, meta = checkpoint.restore_newest(folder, run)", KILLED),
+    "rows of a lost stretch kept": (LOGGING, "splitlines(keepends=True)[: rows + 1]", "splitlines(keepends=True)",
+                                    "test_a_damaged_checkpoint_is_named_and_the_one_before_it_used"),
+    "damage not noticed": (CHECKPOINT, "    verify(path)\n    target", "    target",
+                           "test_a_damaged_checkpoint_is_named_and_the_one_before_it_used"),
+    "non-finite loss ignored": (TRAIN, "if (bad >= 0).any():", "if (bad > 10**9).any():",
+                                "test_a_loss_that_is_not_finite_stops_the_run"),
+    "changed config accepted": (TRAIN, "if old.get(k) != config.get(k)]", "if False]",
+                                "test_a_folder_with_another_run_is_a_mistake"),
+    "an old run overwritten": (TRAIN, "if not FLAGS.resume and stored.exists():", "if False:",
+                               "test_a_folder_with_another_run_is_a_mistake"),
+    "evaluation on other episodes": (TRAIN, "jax.random.key(FLAGS.eval_seed)), sums))", "jax.random.key(i)), sums))",
+                                     "test_evaluate_repeats_the_training_score_and_draws"),
 }
 
 
@@ -217,8 +226,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(launch, tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(launch, tmp_path):
-    limited = f"ulimit -f 8; trap '' XFSZ; exec {sys.executable} -m launchers.train {' '.join(TINY).replace('(8,)', '[8]')}"
-    run = subprocess.run(["bash", "-c", f"{limited} --workdir={tmp_path}"], cwd=ROOT, capture_output=True, text=True,
+    command = shlex.join([sys.executable, "-m", "launchers.train", *TINY, f"--workdir={tmp_path}"])
+    limited = f"ulimit -f 8; trap '' XFSZ; exec {command}"  # no file may grow beyond 8 KiB
+    run = subprocess.run(["bash", "-c", limited], cwd=ROOT, capture_output=True, text=True,
                          env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"})
     assert run.returncode == 2 and run.stderr.strip().splitlines()[-1].startswith("error: "), run.stderr
 

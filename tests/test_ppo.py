@@ -13,39 +13,49 @@ from core.evaluation import evaluate
 from tests import probes
 
 PPO = "algorithms/ppo.py"
-PLANTED_ERRORS = {
-    "policy gradient reversed": (PPO, "actor_loss = -jnp.minimum", "actor_loss = jnp.minimum"),
+LOSS = "test_loss_is_the_equation"
+UPDATE = "test_update_is_clipped_annealed_adam_over_every_sample"
+FROZEN = "test_statistics_are_frozen_for_rollout_loss_and_evaluation"
+GREEDY = "test_evaluation_is_greedy_and_normalised"
+LIMIT = "test_a_time_limit_is_not_the_end"
+CHAIN = "test_values_of_a_chain"
+EPOCH = "test_every_epoch_sees_every_sample_once"
+SCALED = "test_rewards_are_scaled_for_learning_and_raw_in_the_statistics"
+PLANTED_ERRORS = {  # and the test that has to notice
+    "policy gradient reversed": (PPO, "actor_loss = -jnp.minimum", "actor_loss = jnp.minimum", LOSS),
     "ratio upside down": (PPO, 'dist.log_prob(batch["action"]) - batch["log_prob"]',
-                          'batch["log_prob"] - dist.log_prob(batch["action"])'),
-    "max for min": (PPO, "-jnp.minimum(ratio", "-jnp.maximum(ratio"),
-    "ratio not clipped": (PPO, "jnp.clip(ratio, 1 - self.config.clip, 1 + self.config.clip)", "ratio"),
-    "value not clipped": (PPO, "jnp.clip(value - batch[\"value\"], -self.config.clip, self.config.clip)",
-                          'value - batch["value"]'),
-    "half of the value loss lost": (PPO, "value_loss = 0.5 * jnp", "value_loss = jnp"),
-    "entropy punished": (PPO, "- self.config.entropy_coef * entropy", "+ self.config.entropy_coef * entropy"),
-    "advantages not standardised": (PPO, ' / (batch["advantage"].std() + 1e-8)', ""),
-    "target forgets the value": (PPO, 'target = batch["advantage"] + batch["value"]', 'target = batch["advantage"]'),
-    "successor is the reset observation": (PPO, "critic(run, step.next_obs)", "critic(run, step.obs)"),
+                          'batch["log_prob"] - dist.log_prob(batch["action"])', LOSS),
+    "max for min": (PPO, "-jnp.minimum(ratio", "-jnp.maximum(ratio", LOSS),
+    "ratio not clipped": (PPO, "jnp.clip(ratio, 1 - self.config.clip, 1 + self.config.clip)", "ratio", LOSS),
+    "value not clipped": (PPO, 'jnp.clip(value - batch["value"], -self.config.clip, self.config.clip)',
+                          'value - batch["value"]', LOSS),
+    "half of the value loss lost": (PPO, "value_loss = 0.5 * jnp", "value_loss = jnp", LOSS),
+    "entropy punished": (PPO, "- self.config.entropy_coef * entropy", "+ self.config.entropy_coef * entropy", LOSS),
+    "advantages not standardised": (PPO, ' / (batch["advantage"].std() + 1e-8)', "", LOSS),
+    "target forgets the value": (PPO, 'target = batch["advantage"] + batch["value"]',
+                                 'target = batch["advantage"]', LOSS),
+    "successor is the reset observation": (PPO, "critic(run, step.next_obs)", "critic(run, step.obs)", LIMIT),
     "time limit as termination": (PPO, "step.terminated, step.truncated, config.discount",
-                                  "step.terminated | step.truncated, step.truncated, config.discount"),
+                                  "step.terminated | step.truncated, step.truncated, config.discount", LIMIT),
     "termination as time limit": (PPO, "step.terminated, step.truncated, config.discount",
-                                  "step.truncated, step.terminated, config.discount"),
-    "log-probability of the wrong action": (PPO, "dist.log_prob(action), step)", "dist.log_prob(dist.mode()), step)"),
-    "observation after the step": (PPO, "(run.obs, action, dist", "(step.obs, action, dist"),
+                                  "step.truncated, step.terminated, config.discount", CHAIN),
+    "log-probability of the wrong action": (PPO, "dist.log_prob(action), step)",
+                                            "dist.log_prob(dist.mode()), step)", FROZEN),
+    "observation after the step": (PPO, "(run.obs, action, dist", "(step.obs, action, dist", CHAIN),
     "learning rate stays": (PPO, "optax.linear_schedule(config.lr, 0.0, updates) if config.anneal_lr else config.lr",
-                            "config.lr"),
-    "gradients not clipped": (PPO, "optax.clip_by_global_norm(config.max_grad_norm)", "optax.identity()"),
+                            "config.lr", UPDATE),
+    "gradients not clipped": (PPO, "optax.clip_by_global_norm(config.max_grad_norm)", "optax.identity()", UPDATE),
     "clipped elementwise": (PPO, "optax.clip_by_global_norm(config.max_grad_norm)",
-                            "optax.clip(config.max_grad_norm)"),
-    "one epoch only": (PPO, "jax.random.split(key, self.config.num_epochs)", "jax.random.split(key, 1)"),
-    "same minibatch every time": (PPO, "lambda x: x[index], batch", "lambda x: x[: index.shape[0]], batch"),
+                            "optax.clip(config.max_grad_norm)", UPDATE),
+    "one epoch only": (PPO, "jax.random.split(key, self.config.num_epochs)", "jax.random.split(key, 1)", UPDATE),
+    "same minibatch every time": (PPO, "lambda x: x[index], batch", "lambda x: x[: index.shape[0]], batch", EPOCH),
     "statistics move during the rollout": (PPO, "seen, value, next_value = see(run, obs)",
-                                           "seen, value, next_value = run.obs_stats.update(obs)(obs)"),
+                                           "seen, value, next_value = run.obs_stats.update(obs)(obs)", FROZEN),
     "evaluation sees raw observations": (PPO, "return (), run.agent.actor_critic(see(run, obs), ",
-                                         "return (), run.agent.actor_critic(obs, "),
-    "raw rewards learnt from": (PPO, "reward = run.reward_scale(reward)", "reward = reward"),
-    "statistics never updated": (PPO, "run = run._replace(obs_stats=run.obs_stats.update(obs))", "run = run"),
-    "evaluation samples": (PPO, 'method="actor").mode()', 'method="actor").sample(seed=key)'),
+                                         "return (), run.agent.actor_critic(obs, ", GREEDY),
+    "raw rewards learnt from": (PPO, "reward = run.reward_scale(reward)", "reward = reward", SCALED),
+    "statistics never updated": (PPO, "run = run._replace(obs_stats=run.obs_stats.update(obs))", "run = run", FROZEN),
+    "evaluation samples": (PPO, 'method="actor").mode()', 'method="actor").sample(seed=key)', GREEDY),
 }
 
 CONFIG = dict(num_envs=8, num_steps=16, env_steps=8 * 16 * 150, hidden_dims=(16, 16), lr=1e-2)
