@@ -4,7 +4,7 @@ envs = ["gymnax>=1.0", "jaxmarl>=0.2"]
 mujoco = ["gymnasium[mujoco]>=1.1"]
 offline = ["h5py", "minari"]
 cluster = ["submitit"]
-dev = ["hypothesis", "pytest", "pytest-xdist", "ruff"]
+dev = ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff"]
 
 setup(
     name="monograph",

@@ -1,5 +1,10 @@
-import jax
-import pytest
+import os
+
+# LAPACK calls that wait for the threads they run on can wait for ever where cores are few: give them none to wait for.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_debug_key_reuse", True)
 jax.config.update("jax_compilation_cache_dir", None)
