@@ -1,0 +1,247 @@
+"""Independent PPO: each of N agents learns by PPO from its own observations and rewards (de Witt et al., 2020,
+arXiv:2011.09533). Child of ppo.py; the diff is the method.
+
+    A_t^i  = Σ_l (γλ)^l δ_{t+l}^i,   δ_t^i = r_t^i + γ·mask·V_i(o'_t^i) − V_i(o_t^i)   core.returns.gae   (PPO, Eq. 11)
+    r_i(θ) = π_i(a^i|o^i) / π_i,old(a^i|o^i)
+    L_π^i  = −E[min(r_i A^i, clip(r_i, 1−ε, 1+ε) A^i)]                                  loss              (PPO, Eq. 7)
+    L_V^i  = ½ E[max((V_i − G^i)², (V_old + clip(V_i − V_old, −ε, ε) − G^i)²)],  G^i = A^i + V_old
+    L^i    = L_π^i + c_V L_V^i − c_H E[H(π_i(·|o^i))]                                   loss              (PPO, Eq. 9)
+
+    i an agent, π_i its actor, V_i its critic, o^i what it sees, o'^i its true successor (next_obs), mask = 1 −
+    terminated: a time limit bootstraps with V_i(o'^i). The other agents are a part of the environment.
+
+share_params: π_i = π(·|o^i, e_i), V_i = V(o^i, e_i) with e_i the agent's one-hot number, and L is the mean of the L^i.
+Otherwise every agent has parameters, a gradient norm and an optimiser of its own. An action that the environment
+forbids at the moment has probability 0 (`masked`: the last A numbers of an observation say which are allowed).
+
+Departures: those of ppo.py, each agent by itself: its advantages are standardised per minibatch, its observations and
+rewards by its own statistics. A minibatch holds the same moments of all agents.
+"""
+import pathlib
+from typing import Any, NamedTuple
+
+import distrax
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from flax import linen as nn
+from flax import struct
+
+from core.dataset import permutation
+from core.envs import Discrete
+from core.errors import UserError
+from core.evaluation import ended
+from core.networks import MLP
+from core.normalize import RewardScale, RunningMeanStd
+from core.returns import gae
+from core.train_state import TrainState
+
+
+def get_config():
+    return ml_collections.ConfigDict(dict(
+        algorithm=pathlib.Path(__file__).stem,  # so a copied file launches itself
+        env="multi_agent_tracking",
+        env_kwargs=ml_collections.ConfigDict(),  # its own settings
+        num_envs=32,
+        num_steps=64,  # T, steps of every env in one rollout
+        env_steps=100_000,  # the budget of one seed, over all its envs; N agents act in each
+        eval_every=10_000,  # env steps between evaluations
+        eval_episodes=64,
+        share_params=False,  # one network for all agents, which is told their number
+        hidden_dims=(64, 64),
+        lr=3e-4,
+        anneal_lr=True,  # linearly to 0 at the end of the budget
+        max_grad_norm=0.5,
+        discount=0.99,  # γ
+        gae_lambda=0.95,  # λ
+        num_epochs=4,
+        num_minibatches=4,
+        clip=0.2,  # ε
+        value_coef=0.5,  # c_V
+        entropy_coef=0.01,  # c_H
+        init_std=1.0,  # of a continuous action, in half widths of its space
+        normalize_obs=False,
+        normalize_reward=False,
+    ))
+
+
+class ActorCritic(nn.Module):
+    """Two networks of every agent, or for all agents, under one optimiser."""
+
+    action_space: Any
+    num_agents: int
+    masked: bool
+    share_params: bool
+    hidden_dims: tuple[int, ...]
+    init_std: float
+
+    def setup(self):
+        # Each agent's own: parameters (N, ...) meet observations (B, N, O) in one batched matmul.
+        own = dict(variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=1, out_axes=1)
+        net, agents = (MLP, ()) if self.share_params else (nn.vmap(MLP, **own), (self.num_agents,))
+        discrete, outputs = isinstance(self.action_space, Discrete), width(self.action_space)
+        self.policy = net((*self.hidden_dims, outputs), nn.tanh, final_scale=0.01)
+        log_std = nn.initializers.constant(jnp.log(self.init_std))
+        self.log_std = None if discrete else self.param("log_std", log_std, (*agents, outputs))
+        self.value = net((*self.hidden_dims, 1), nn.tanh)
+
+    def of_all(self, net, obs):  # (B, N, ...) -> (B, N, outputs)
+        obs = obs.reshape(*obs.shape[:2], -1)
+        if not self.share_params:
+            return net(obs)
+        number = jnp.broadcast_to(jnp.eye(self.num_agents)[None], (*obs.shape[:2], self.num_agents))
+        flat = jnp.concatenate([obs, number], axis=-1).reshape(-1, obs.shape[-1] + self.num_agents)
+        return net(flat).reshape(*obs.shape[:2], -1)  # on a CPU a batch of one axis is thrice as fast as one of two
+
+    def actor(self, obs):  # (B, N, O) -> distribution over (B, N) or (B, N, A)
+        out = self.of_all(self.policy, obs)
+        available = obs[..., -out.shape[-1]:] > 0 if self.masked else jnp.ones(out.shape, bool)
+        if self.log_std is None:
+            return distrax.Categorical(logits=jnp.where(available, out, -1e9))
+        centre, half = (jnp.broadcast_to(x, out.shape) for x in self.action_space.scale)  # in the env's units
+        mean = centre + half * out
+        std = half * jnp.broadcast_to(jnp.exp(self.log_std), out.shape)
+        # A padded component is ignored: the same for every policy, it leaves ratio and gradient alone.
+        mean, std = jnp.where(available, mean, 0.0), jnp.where(available, std, 1.0)
+        return distrax.Independent(distrax.Normal(mean, std), 1)
+
+    def critic(self, obs):  # (B, N, O) -> (B, N)
+        return self.of_all(self.value, obs).squeeze(-1)
+
+    def __call__(self, obs):
+        return self.actor(obs), self.critic(obs)
+
+
+def width(space):
+    return space.n if isinstance(space, Discrete) else space.shape[0]
+
+
+class Agent(struct.PyTreeNode):
+    actor_critic: TrainState
+    config: Any = struct.field(pytree_node=False)
+
+    @classmethod
+    def create(cls, key, obs, env, config):
+        batch = config.num_envs * config.num_steps
+        if batch % config.num_minibatches:
+            raise UserError(f"num_envs * num_steps = {batch} is not divisible by num_minibatches = "
+                            f"{config.num_minibatches}")
+        updates = config.env_steps // batch * config.num_epochs * config.num_minibatches
+        lr = optax.linear_schedule(config.lr, 0.0, updates) if config.anneal_lr else config.lr
+        # One flat vector: at this size an update costs by the number of arrays, not by their length.
+        tx = optax.flatten(optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.adam(lr, eps=1e-5)))
+        if not config.share_params:
+            tx = optax.GradientTransformation(jax.vmap(tx.init), jax.vmap(tx.update))
+        network = ActorCritic(env.action_space, env.num_agents, getattr(env.env, "masked", False),
+                              config.share_params, config.hidden_dims, config.init_std)
+        return cls(TrainState.create(network, key, obs, tx=tx), config)
+
+    def loss(self, params, batch):  # leaves (B, N, ...)
+        dist, value = self.actor_critic(batch["obs"], params=params)
+        ratio = jnp.exp(dist.log_prob(batch["action"]) - batch["log_prob"])
+        clipped_ratio = jnp.clip(ratio, 1 - self.config.clip, 1 + self.config.clip)
+        advantage = batch["advantage"] - batch["advantage"].mean(axis=0, keepdims=True)
+        advantage = advantage / (batch["advantage"].std(axis=0, keepdims=True) + 1e-8)
+        actor_loss = -jnp.minimum(ratio * advantage, clipped_ratio * advantage).mean(axis=0)
+
+        target = batch["advantage"] + batch["value"]
+        clipped_value = batch["value"] + jnp.clip(value - batch["value"], -self.config.clip, self.config.clip)
+        value_loss = 0.5 * jnp.maximum(jnp.square(value - target), jnp.square(clipped_value - target)).mean(axis=0)
+
+        entropy = dist.entropy().mean(axis=0)
+        loss = actor_loss + self.config.value_coef * value_loss - self.config.entropy_coef * entropy  # (N,)
+        clipped = (jnp.abs(ratio - 1) > self.config.clip).mean()
+        info = dict(actor_loss=actor_loss.mean(), value_loss=value_loss.mean(), entropy=entropy.mean(), clipped=clipped)
+        return loss.mean() if self.config.share_params else loss.sum(), info
+
+    def update(self, batch, key):  # leaves (T·E, N, ...)
+        """`num_epochs` passes over the batch, each in a fresh order and `num_minibatches` gradient steps."""
+        def minibatch(actor_critic, index):
+            return actor_critic.minimize(self.loss, jax.tree.map(lambda x: x[index], batch))
+
+        def epoch(actor_critic, key):
+            order = permutation(key, batch["advantage"].shape[0])
+            return jax.lax.scan(minibatch, actor_critic, order.reshape(self.config.num_minibatches, -1))
+
+        actor_critic, info = jax.lax.scan(epoch, self.actor_critic, jax.random.split(key, self.config.num_epochs))
+        return self.replace(actor_critic=actor_critic), jax.tree.map(jnp.mean, info)
+
+
+class Run(NamedTuple):
+    agent: Agent
+    env_state: Any
+    obs: jax.Array
+    obs_stats: RunningMeanStd  # what the policy sees is frozen during a rollout, its update and an evaluation
+    reward_scale: RewardScale  # leaves (N, ...)
+
+
+def init(key, env, config):
+    env_key, agent_key = jax.random.split(key)
+    env_state, obs = env.reset(env_key)
+    agent = Agent.create(agent_key, obs, env, config)
+    mask = width(env.action_space) if getattr(env.env, "masked", False) else 0
+    obs_stats = RunningMeanStd.create(obs[0, ..., :obs.shape[-1] - mask])
+    reward_scale = jax.vmap(lambda _: RewardScale.create((env.num_envs,)))(jnp.arange(env.num_agents))
+    return Run(agent, env_state, obs, obs_stats, reward_scale)
+
+
+def train_step(run, key, env, config):
+    """A rollout of `num_steps` in every env, then `update`."""
+    rollout_key, update_key = jax.random.split(key)
+    run, (obs, action, log_prob, step) = rollout(run, rollout_key, env, config)
+    reward = step.reward  # (T, E, N)
+    if config.normalize_reward:
+        run, reward = scale(run, reward, ended(step), config)
+
+    # The critic is not needed to act: it sees the whole rollout at once.
+    seen, value, next_value = see(run, obs), critic(run, obs), critic(run, step.next_obs)
+    terminated, truncated = step.terminated[..., None], step.truncated[..., None]
+    terminated = terminated | step.info.get("agent_done", False)  # an agent can end before the episode does
+    advantage = gae(reward, value, next_value, terminated, truncated, config.discount, config.gae_lambda)
+    batch = dict(obs=seen, action=action, log_prob=log_prob, value=value, advantage=advantage)
+    agent, info = run.agent.update(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch), update_key)
+    if config.normalize_obs:
+        run = run._replace(obs_stats=run.obs_stats.update(features(run, obs)))
+    return run._replace(agent=agent), info | dict(episode=jax.tree.map(jnp.sum, step.info["episode"]))
+
+
+def rollout(run, key, env, config):  # -> run, leaves (T, E, ...)
+    def env_step(run, keys):
+        act_key, env_key = keys
+        dist = run.agent.actor_critic(see(run, run.obs), method="actor")
+        action = dist.sample(seed=act_key)
+        env_state, step = env.step(env_key, run.env_state, action)
+        return run._replace(env_state=env_state, obs=step.obs), (run.obs, action, dist.log_prob(action), step)
+
+    return jax.lax.scan(env_step, run, jax.random.split(key, (config.num_steps, 2)))
+
+
+def scale(run, reward, done, config):  # reward (T, E, N), each agent's by its own returns
+    def one_agent(scale, reward):
+        scale = scale.update(reward, done, config.discount)
+        return scale, scale(reward)
+
+    reward_scale, reward = jax.vmap(one_agent, in_axes=(0, 2), out_axes=(0, 2))(run.reward_scale, reward)
+    return run._replace(reward_scale=reward_scale), reward
+
+
+def features(run, obs):  # (..., N, O) without the mask behind them
+    return obs[..., :run.obs_stats.mean.shape[-1]]
+
+
+def see(run, obs):
+    if not run.agent.config.normalize_obs:
+        return obs
+    seen = features(run, obs)
+    return jnp.concatenate([run.obs_stats(seen), obs[..., seen.shape[-1]:]], axis=-1)
+
+
+def critic(run, obs):  # (T, E, N, ...) -> (T, E, N)
+    flat = see(run, obs).reshape(-1, *obs.shape[2:])
+    return run.agent.actor_critic(flat, method="critic").reshape(obs.shape[:3])
+
+
+def act(run, carry, obs, key):
+    """Greedy, and reactive: nothing to carry between steps."""
+    return (), run.agent.actor_critic(see(run, obs), method="actor").mode()
