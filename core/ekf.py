@@ -18,6 +18,9 @@ A belief is one of three forms with the same methods, so that they can be exchan
 The last-layer form is any of them over the parameters of the last layer alone, `h` closing over the features
 (`Full.create(params["Dense_2"], 1.0)`, `lambda head: net({**params, "Dense_2": head}, x)`): `h` is then linear and
 `Full` is exact. Everything is a pure function of arrays: jit, vmap and scan freely.
+
+Where h is not linear, tangents at moving estimates disagree, and certainty leaks into directions that no observation
+shows: of y = θ_0 θ_1, an EKF believes to know the ratio (tests/test_ekf.py). Parametrise without such directions.
 """
 import dataclasses
 import math

@@ -11,34 +11,78 @@ from scipy.stats import chi2
 from core import ekf
 
 PLANTED_ERRORS = {
-    "innovation sign": ("core/ekf.py", "obs.reshape(-1) - pred - H @", "pred - obs.reshape(-1) - H @"),
+    "innovation sign": (
+        "core/ekf.py", "obs.reshape(-1) - pred - H @", "pred - obs.reshape(-1) - H @",
+        "test_linear_gaussian_is_the_kalman_filter"),
     "observation counted at every iteration": (
-        "core/ekf.py", "condition(belief, H, obs.reshape", "condition(posterior if infos else belief, H, obs.reshape"),
-    "iterated innovation without the shift": ("core/ekf.py", " - H @ (belief.mean - point), R)", ", R)"),
-    "decay not squared": ("core/ekf.py", "cov=decay**2 * self.cov", "cov=decay * self.cov"),
-    "noise dropped": ("core/ekf.py", " + jnp.diag(noise))", ")"),
-    "half the gain": ("core/ekf.py", "belief.mean + z @ W", "belief.mean + 0.5 * z @ W"),
-    "no Joseph correction": ("core/ekf.py", "0.25 * (gram(K + B) - gram(K - B))", "0.0"),
-    "rounding not outweighed": ("core/ekf.py", "2 * jnp.finfo", "0 * jnp.finfo"),
-    "rounding outweighed too much": ("core/ekf.py", "2 * jnp.finfo", "20 * jnp.finfo"),
-    "determinant missing from the likelihood": ("core/ekf.py", " - information - log_std,", " - log_std,"),
-    "noise missing from the likelihood": ("core/ekf.py", " - information - log_std,", " - information,"),
-    "forgetting inverted": ("core/ekf.py", "1.0, 1.0 / factor)", "1.0, factor)"),
-    "no trace cap": ("core/ekf.py", "jnp.clip(max_trace / belief.var.sum(), 1.0, 1.0 / factor)", "1.0 / factor"),
-    "trace cap shrinks": ("core/ekf.py", "belief.var.sum(), 1.0, 1.0", "belief.var.sum(), 0.0, 1.0"),
-    "residual before the update": ("core/ekf.py", "rate * (residual**2 + (", "rate * (residual**2 - ("),
-    "process noise from learning": ("core/ekf.py", " + posterior.var - pred.var", ""),
-    "variance for standard deviation": ("core/ekf.py", "x * jax.lax.rsqrt(R)", "x / R"),
+        "core/ekf.py", "condition(belief, H, obs.reshape", "condition(posterior if infos else belief, H, obs.reshape",
+        "test_iterations_do_not_count_an_observation_twice"),
+    "iterated innovation without the shift": (
+        "core/ekf.py", " - H @ (belief.mean - point), R)", ", R)",
+        "test_iterations_do_not_count_an_observation_twice"),
+    "decay not squared": (
+        "core/ekf.py", "cov=decay**2 * self.cov", "cov=decay * self.cov",
+        "test_linear_gaussian_is_the_kalman_filter"),
+    "noise dropped": (
+        "core/ekf.py", " + jnp.diag(noise))", ")",
+        "test_noise_schedule_is_a_value_per_call"),
+    "half the gain": (
+        "core/ekf.py", "belief.mean + z @ W", "belief.mean + 0.5 * z @ W",
+        "test_linear_gaussian_is_the_kalman_filter"),
+    "no Joseph correction": (
+        "core/ekf.py", "0.25 * (gram(K + B) - gram(K - B))", "0.0",
+        "test_positive_definite_after_1e5_float32_steps"),
+    "rounding not outweighed": (
+        "core/ekf.py", "2 * jnp.finfo", "0 * jnp.finfo",
+        "test_positive_definite_after_1e5_float32_steps"),
+    "rounding outweighed too much": (
+        "core/ekf.py", "2 * jnp.finfo", "20 * jnp.finfo",
+        "test_positive_definite_after_1e5_float32_steps"),
+    "determinant missing from the likelihood": (
+        "core/ekf.py", " - information - log_std,", " - log_std,",
+        "test_linear_gaussian_is_the_kalman_filter"),
+    "noise missing from the likelihood": (
+        "core/ekf.py", " - information - log_std,", " - information,",
+        "test_linear_gaussian_is_the_kalman_filter"),
+    "forgetting inverted": (
+        "core/ekf.py", "1.0, 1.0 / factor)", "1.0, factor)",
+        "test_forgetting_is_weighted_least_squares"),
+    "no trace cap": (
+        "core/ekf.py", "jnp.clip(max_trace / belief.var.sum(), 1.0, 1.0 / factor)", "1.0 / factor",
+        "test_forgetting_stops_at_the_cap_and_never_shrinks"),
+    "trace cap shrinks": (
+        "core/ekf.py", "belief.var.sum(), 1.0, 1.0", "belief.var.sum(), 0.0, 1.0",
+        "test_forgetting_stops_at_the_cap_and_never_shrinks"),
+    "residual before the update": (
+        "core/ekf.py", "rate * (residual**2 + (", "rate * (residual**2 - (",
+        "test_measurement_noise_is_found_from_residuals"),
+    "process noise from learning": (
+        "core/ekf.py", " + posterior.var - pred.var", "",
+        "test_process_noise_is_found_from_innovations"),
+    "variance for standard deviation": (
+        "core/ekf.py", "x * jax.lax.rsqrt(R)", "x / R",
+        "test_linear_gaussian_is_the_kalman_filter"),
     "diagonal of the wrong precision": (
-        "core/ekf.py", "self.var * jnp.square(H).sum(axis=0)", "self.var * jnp.abs(H).sum(axis=0)"),
-    "low rank keeps the shortest": ("core/ekf.py", "jnp.linalg.eigh(wide.T @ wide)[1]",
-                                    "jnp.linalg.eigh(-wide.T @ wide)[1]"),
-    "low rank drops the rest": ("core/ekf.py", "self.precision + jnp.square(dropped).sum(axis=1)", "self.precision"),
-    "low rank forgets the factor": ("core/ekf.py", "self.factor / jnp.sqrt(scale)", "self.factor / scale"),
-    "low rank noise unscaled": ("core/ekf.py", "(precision * noise)[:, None]", "(precision + noise)[:, None]"),
-    "batch noise mixed up": ("core/ekf.py", "jnp.kron(jnp.eye(batch, dtype=R.dtype), R)",
-                             "jnp.kron(R, jnp.eye(batch, dtype=R.dtype))"),
-    "elimination skips a row": ("core/ekf.py", "for j in range(i + 1, d):", "for j in range(i + 2, d):"),
+        "core/ekf.py", "self.var * jnp.square(H).sum(axis=0)", "self.var * jnp.abs(H).sum(axis=0)",
+        "test_diagonal_keeps_the_diagonal_of_the_exact_precision"),
+    "low rank keeps the shortest": (
+        "core/ekf.py", "jnp.linalg.eigh(wide.T @ wide)[1]", "jnp.linalg.eigh(-wide.T @ wide)[1]",
+        "test_low_rank_keeps_the_longest_directions_and_the_diagonal"),
+    "low rank drops the rest": (
+        "core/ekf.py", "self.precision + jnp.square(dropped).sum(axis=1)", "self.precision",
+        "test_low_rank_keeps_the_longest_directions_and_the_diagonal"),
+    "low rank forgets the factor": (
+        "core/ekf.py", "self.factor / jnp.sqrt(scale)", "self.factor / scale",
+        "test_low_rank_with_full_rank_is_exact"),
+    "low rank noise unscaled": (
+        "core/ekf.py", "(precision * noise)[:, None]", "(precision + noise)[:, None]",
+        "test_low_rank_with_full_rank_is_exact"),
+    "batch noise mixed up": (
+        "core/ekf.py", "jnp.kron(jnp.eye(batch, dtype=R.dtype), R)", "jnp.kron(R, jnp.eye(batch, dtype=R.dtype))",
+        "test_order_and_chunks_do_not_matter_on_linear_models"),
+    "elimination skips a row": (
+        "core/ekf.py", "for j in range(i + 1, d):", "for j in range(i + 2, d):",
+        "test_elimination_and_lapack_agree_with_numpy"),
 }
 
 condition = jax.jit(ekf.condition)

@@ -7,24 +7,42 @@ import pytest
 from core import ekf
 
 PLANTED_ERRORS = {
-    "half missing": ("core/ekf.py", "return 0.5 * jnp.log1p(excess).sum", "return jnp.log1p(excess).sum"),
-    "covariance not downdated": ("core/ekf.py", "(downdate.ndim - cov.ndim)) - downdate",
-                                 "(downdate.ndim - cov.ndim)) - 0 * downdate"),
-    "noise forgotten": ("core/ekf.py", "    H, _ = whiten(R, H)\n", "    whiten(R, H)\n"),
-    "wrong side of the correlated noise": ("core/ekf.py", "jnp.tensordot(root, x, 1)", "jnp.tensordot(root.T, x, 1)"),
+    "half missing": (
+        "core/ekf.py", "return 0.5 * jnp.log1p(excess).sum", "return jnp.log1p(excess).sum",
+        "test_joint_information_is_the_stacked_log_determinant"),
+    "covariance not downdated": (
+        "core/ekf.py", "(downdate.ndim - cov.ndim)) - downdate", "(downdate.ndim - cov.ndim)) - 0 * downdate",
+        "test_joint_information_is_the_stacked_log_determinant"),
+    "noise forgotten": (
+        "core/ekf.py", "    H, _ = whiten(R, H)\n", "    whiten(R, H)\n",
+        "test_joint_information_is_the_stacked_log_determinant"),
+    "wrong side of the correlated noise": (
+        "core/ekf.py", "jnp.tensordot(root, x, 1)", "jnp.tensordot(root.T, x, 1)",
+        "test_joint_information_is_the_stacked_log_determinant"),
     "logarithm of a rounded sum": (
-        "core/ekf.py", "return 0.5 * jnp.log1p(excess)", "return 0.5 * jnp.log(1.0 + excess)"),
-    "task ratio inverted": ("core/ekf.py", "explained = jnp.square(solved[:, n]).sum(axis=0) / total",
-                            "explained = -jnp.square(solved[:, n]).sum(axis=0) / total"),
-    "task column in the downdate": ("core/ekf.py", "row[:n, None] * row[None, :n]", "row[-n:, None] * row[None, -n:]"),
-    "last pivot missing": ("core/ekf.py", "jnp.stack([row[d:] for row in rows]), jnp.stack(pivots)",
-                           "jnp.stack([row[d:] for row in rows]), jnp.stack(pivots).at[-1].set(0.0)"),
-    "one parameter left out": ("core/ekf.py", "j] for j in range(n))", "j] for j in range(1, n))"),
-    "many parameters added up wrongly": ("core/ekf.py", "(A[:, None] * B[None]).sum(axis=2)",
-                                         "(A[:, None] * B[None]).mean(axis=2)"),
-    "task variance from the posterior": ("core/ekf.py", "total = dot(dot(task[None], cov), task[None])[0, 0]",
-                                         "total = dot(dot(task[None], posterior), task[None])[0, 0]"),
-    "realised information scaled": ("core/ekf.py", "information, nis = 0.5 *", "information, nis = 1.0 *"),
+        "core/ekf.py", "return 0.5 * jnp.log1p(excess)", "return 0.5 * jnp.log(1.0 + excess)",
+        "test_little_information_is_not_rounded_away_in_float32"),
+    "task ratio inverted": (
+        "core/ekf.py", "explained = jnp.square", "explained = -jnp.square",
+        "test_task_aware_information_is_the_mutual_information_with_the_task"),
+    "task column in the downdate": (
+        "core/ekf.py", "row[:n, None] * row[None, :n]", "row[-n:, None] * row[None, -n:]",
+        "test_task_aware_information_is_the_mutual_information_with_the_task"),
+    "last pivot missing": (
+        "core/ekf.py", "for row in rows]), jnp.stack(pivots)", "for row in rows]), jnp.stack(pivots).at[-1].set(0.0)",
+        "test_joint_information_is_the_stacked_log_determinant"),
+    "one parameter left out": (
+        "core/ekf.py", "j] for j in range(n))", "j] for j in range(1, n))",
+        "test_joint_information_is_the_stacked_log_determinant"),
+    "many parameters added up wrongly": (
+        "core/ekf.py", "(A[:, None] * B[None]).sum(axis=2)", "(A[:, None] * B[None]).mean(axis=2)",
+        "test_joint_information_is_the_stacked_log_determinant"),
+    "task variance from the posterior": (
+        "core/ekf.py", "total = dot(dot(task[None], cov)", "total = dot(dot(task[None], posterior)",
+        "test_task_aware_information_is_the_mutual_information_with_the_task"),
+    "realised information scaled": (
+        "core/ekf.py", "information, nis = 0.5 *", "information, nis = 1.0 *",
+        "test_predicted_information_is_what_the_update_then_realises"),
 }
 
 
