@@ -102,7 +102,7 @@ class Run(NamedTuple):
 def init(key, env, config):
     env_state, obs = env.reset(key)
     belief, plan = fresh(env, config)
-    nothing = {k: jnp.float32(0) for k in ("return", "error", "variance")}
+    nothing = {k: jnp.float32(0) for k in ("return", error_name(config), "variance")}
     return Run(belief, plan, env_state, obs, nothing)
 
 
@@ -224,8 +224,12 @@ def measure_step(belief, truth, env, config):
     """How far the belief's φ is from the truth, and how sure it is. (E,) each."""
     model, single = model_of(env, config), env.env
     error = single.parameter_error if config.about == "params" else single.gain_error
-    return {"error": jax.vmap(lambda b, truth: error(model.phi(b.params), truth))(belief, truth),
+    return {error_name(config): jax.vmap(lambda b, truth: error(model.phi(b.params), truth))(belief, truth),
             "variance": belief.var.sum(-1)}
+
+
+def error_name(config):
+    return "parameter_error" if config.about == "params" else "gain_error"
 
 
 def measure(run):

@@ -1,7 +1,7 @@
 """Compare runs seed by seed: one column of their metrics, and what separates each from the first, paired.
 
     python -m launchers.compare --runs=runs/perfect,runs/passive,runs/joint --column=return
-    python -m launchers.compare --runs=runs/passive,runs/joint --column=error --at=50,100,250
+    python -m launchers.compare --runs=runs/passive,runs/joint --column=gain_error --at=50,100,250
 
 The same seed means the same start and the same hidden truth, so differences are taken within seeds: far narrower
 intervals than two tables side by side. Values are IQM [95% CI] over seeds.

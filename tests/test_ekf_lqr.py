@@ -154,7 +154,7 @@ def test_the_gain_is_learnt(about, settings):
     run, _ = advance(env, config, 4)
     gain = jax.vmap(lambda belief: ekf_lqr.model_of(env, config).phi(belief.params))(run.belief)
     error = jax.vmap(env.env.gain_error)(gain, run.env_state.env.params).mean()
-    assert run.measures["error"] == pytest.approx(float(error), rel=1e-5) and error < (0.15 if about == "gain" else 0.4)
+    assert run.measures["gain_error"] == pytest.approx(float(error), rel=1e-5) and error < (0.15 if about == "gain" else 0.4)
 
 
 def test_only_the_belief_learns():
@@ -162,7 +162,7 @@ def test_only_the_belief_learns():
     for knowledge in ("belief", "frozen", "perfect"):
         env, config = make(knowledge=knowledge, num_steps=20)
         run, _ = advance(env, config)
-        error[knowledge] = float(run.measures["error"])
+        error[knowledge] = float(run.measures["gain_error"])
         start = ekf_lqr.fresh(env, config)[0]
         assert (knowledge == "belief") != np.array_equal(run.belief.mean, start.mean)
     assert error["belief"] < error["frozen"] == error["perfect"]
@@ -194,7 +194,7 @@ def test_an_episode_starts_with_a_fresh_belief_and_plan_and_its_end_is_learnt_fr
         np.testing.assert_array_equal(mine, theirs)
     longer, _ = make(env_kwargs=dict(max_steps=5))
     going_on, _ = advance(longer, config, 1)
-    for name in ("error", "variance", "return"):
+    for name in ("gain_error", "variance", "return"):
         np.testing.assert_allclose(run.measures[name], going_on.measures[name], rtol=1e-5)
 
 
