@@ -21,6 +21,7 @@ LIMIT = "test_a_time_limit_is_not_the_end"
 CHAIN = "test_values_of_a_chain"
 EPOCH = "test_every_epoch_sees_every_sample_once"
 SCALED = "test_rewards_are_scaled_for_learning_and_raw_in_the_statistics"
+SUCCESSOR = "test_the_first_update_bootstraps_from_the_true_successor"
 PLANTED_ERRORS = {  # and the test that has to notice
     "policy gradient reversed": (PPO, "actor_loss = -jnp.minimum", "actor_loss = jnp.minimum", LOSS),
     "ratio upside down": (PPO, 'dist.log_prob(batch["action"]) - batch["log_prob"]',
@@ -34,7 +35,7 @@ PLANTED_ERRORS = {  # and the test that has to notice
     "advantages not standardised": (PPO, ' / (batch["advantage"].std() + 1e-8)', "", LOSS),
     "target forgets the value": (PPO, 'target = batch["advantage"] + batch["value"]',
                                  'target = batch["advantage"]', LOSS),
-    "successor is the reset observation": (PPO, "critic(run, step.next_obs)", "critic(run, step.obs)", LIMIT),
+    "successor is the reset observation": (PPO, "critic(run, step.next_obs)", "critic(run, step.obs)", SUCCESSOR),
     "time limit as termination": (PPO, "step.terminated, step.truncated, config.discount",
                                   "step.terminated | step.truncated, step.truncated, config.discount", LIMIT),
     "termination as time limit": (PPO, "step.terminated, step.truncated, config.discount",
@@ -109,6 +110,20 @@ def test_a_time_limit_is_not_the_end():
     run, _ = train(probes.Clock(), make_config(discount=0.5, gae_lambda=0.5))
     value = run.agent.actor_critic(jnp.array([[0.0], [1.0], [2.0]]), method="critic")
     np.testing.assert_allclose(value, 2.0, atol=0.1)
+
+
+def test_the_first_update_bootstraps_from_the_true_successor():
+    """Then V is still V_old, and the value loss is ½ E[A²]: A by hand, from the critic's opinion of next_obs."""
+    config, env = make_config(num_epochs=1, num_minibatches=1, discount=0.9), probes.batch(probes.Clock())
+    run, key = ppo.init(jax.random.key(0), env, config), jax.random.key(1)
+    _, info = ppo.train_step(run, key, env, config)
+    _, (obs, _, _, step) = ppo.rollout(run, jax.random.split(jax.random.clone(key))[0], env, config)
+    value, next_value = (np.asarray(ppo.critic(run, x), np.float64) for x in (obs, step.next_obs))
+    advantage, later = np.zeros(value.shape), 0.0
+    for t in reversed(range(len(value))):
+        later = 1.0 + 0.9 * next_value[t] - value[t] + 0.9 * 0.95 * (1.0 - np.asarray(step.truncated[t])) * later
+        advantage[t] = later
+    np.testing.assert_allclose(info["value_loss"], 0.5 * np.mean(advantage**2), rtol=1e-4)
 
 
 def a_batch(agent, space):
