@@ -44,6 +44,10 @@ class Env:
     max_steps: int = 25
 
     @property
+    def teams(self):
+        return (0,) * (self.num_agents - 1) + (1,)
+
+    @property
     def action_space(self):
         """One space for all, as wide as the strongest agent's; each is clipped to its own cap."""
         high = max(self.blocker_max_accel, self.seeker_max_accel)
