@@ -54,7 +54,8 @@ def play(algorithm, run, env, key, steps=None):
         state, obs = env.reset(reset_key)
         keys = jax.random.split(key, min(steps or env.max_steps, env.max_steps))
         _, (states, reward, done) = jax.lax.scan(step, (state, obs, start_carry(algorithm, run, 1)), keys)
-        return jax.tree.map(lambda first, rest: jnp.concatenate([jnp.asarray(first)[None], rest]), state, states), reward, done
+        states = jax.tree.map(lambda first, rest: jnp.concatenate([jnp.asarray(first)[None], rest]), state, states)
+        return states, reward, done
 
     states, reward, done = episode(key)
     length = int(done.argmax()) + 1 if done.any() else len(reward)
