@@ -1,0 +1,218 @@
+"""Environments on the host against their own physics, recounted episodes, and a simulator that echoes."""
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from algorithms import ppo
+from core.envs import make_env
+from core.errors import UserError
+from core.evaluation import evaluate
+
+gymnasium = pytest.importorskip("gymnasium")
+
+FILE = "core/envs/from_gymnasium.py"
+PLANTED_ERRORS = {
+    "successor is the reset observation": (FILE, "                step.obs[i], self.totals[i]",
+                                           "                step.next_obs[i], self.totals[i]"),
+    "no reset": (FILE, "= env.reset()[0], 0.0, 0", "= env.reset()[0] * 0 + obs, 0.0, 0"),
+    "flags swapped": (FILE, "= terminated, truncated and not terminated", "= truncated and not terminated, terminated"),
+    "end at the limit counted twice": (FILE, "truncated and not terminated", "truncated"),
+    "episodes counted at terminations alone": (FILE, "if terminated or truncated:", "if terminated:"),
+    "return goes on": (FILE, "= env.reset()[0], 0.0, 0", "= env.reset()[0], self.totals[i], 0"),
+    "length goes on": (FILE, "= env.reset()[0], 0.0, 0", "= env.reset()[0], 0.0, self.lengths[i]"),
+    "one seed for all copies": (FILE, "env.reset(seed=seed)", "env.reset(seed=seeds[0])"),
+    "unseeded": (FILE, "env.reset(seed=seed)", "env.reset()"),
+    "key ignored": (FILE, "SeedSequence([*self.entropy, clock])", "SeedSequence([clock])"),
+    "actions not clipped": (FILE, "np.clip(action.reshape(-1, *space.shape), space.low, space.high)",
+                            "action.reshape(-1, *space.shape)"),
+    "actions start at zero": (FILE, "(action + space.start)", "action"),
+    "actions mixed": (FILE, "env.step(actions[i])", "env.step(actions[-1 - i])"),
+    "lost episodes go on": (FILE, "if clock == self.clock:", "if True:"),
+    "lost episodes start as at first": (FILE, "self._reset(self.entropy, clock)", "self._reset(self.entropy)"),
+    "lost episodes are terminations": (FILE, "next_obs=fresh, truncated=", "next_obs=fresh, terminated="),
+    "clock stands": (FILE, "self.clock = clock + 1", "self.clock = clock"),
+}
+
+
+class Echo(gymnasium.Env):
+    """The observation and the reward are the action that arrived."""
+
+    def __init__(self, actions, observations=None):
+        self.action_space = actions
+        self.observation_space = observations or gymnasium.spaces.Box(-100, 100, (2,), np.float64)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.full(2, self.np_random.random()), {}
+
+    def step(self, action):
+        return np.broadcast_to(action, 2) / 3, float(np.sum(action)) / 3, False, False, {}
+
+
+@pytest.fixture
+def echo():
+    gymnasium.register("Echo-v0", Echo, max_episode_steps=3)
+    gymnasium.register("Endless-v0", Echo)
+    yield functools.partial(make_env, "gymnasium/Echo-v0")
+    del gymnasium.registry["Echo-v0"], gymnasium.registry["Endless-v0"]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def play(key, env, policy, steps):
+    """obs (T, E, ...) before each of `steps` steps, and the steps, stacked; the state and observation at the end."""
+    def step(carry, t):
+        env_state, obs = carry
+        env_state, ts = env.step(key, env_state, policy(t, obs))
+        return (env_state, ts.obs), (obs, ts)
+
+    carry, (obs, ts) = jax.lax.scan(step, env.reset(key), jnp.arange(steps))
+    return obs, ts, carry
+
+
+def balance(t, obs):
+    return (obs[:, 2] + obs[:, 3] > 0).astype(jnp.int32)
+
+
+def fall(t, obs):
+    return jnp.zeros(obs.shape[0], jnp.int32)
+
+
+def check_statistics(ts):
+    """Against a recount of rewards and flags."""
+    done, reward = np.asarray(ts.terminated | ts.truncated), np.asarray(ts.reward, np.float64)
+    assert not (ts.terminated & ts.truncated).any()
+    for e in range(done.shape[1]):
+        ends = np.flatnonzero(done[:, e])
+        first = [0, *(ends[:-1] + 1)]
+        totals = [reward[a:b + 1, e].sum() for a, b in zip(first, ends, strict=True)]
+        episode = jax.tree.map(lambda x, e=e: np.asarray(x)[:, e], ts.info["episode"])
+        np.testing.assert_array_equal(episode["count"], done[:, e])
+        np.testing.assert_allclose(episode["return"][ends], totals, rtol=1e-6)
+        np.testing.assert_array_equal(episode["length"][ends], ends - first + 1)
+        assert not episode["return"][~done[:, e]].any() and not episode["length"][~done[:, e]].any()
+
+
+def test_a_time_limit_keeps_the_true_successor():
+    env = make_env("gymnasium/CartPole-v1", 2, max_episode_steps=5)
+    assert (env.max_steps, env.action_space.n, env.on_host, env.num_agents) == (5, 2, True, None)
+    obs, ts, (_, last) = play(jax.random.key(0), env, balance, 12)
+    at_end = np.arange(12) % 5 == 4
+    np.testing.assert_array_equal(ts.truncated, np.stack([at_end, at_end], 1))
+    assert not ts.terminated.any()
+    # Euler's method, as CartPole has it: positions move by the velocities before the step.
+    np.testing.assert_allclose(ts.next_obs[..., 0], obs[..., 0] + 0.02 * obs[..., 1], atol=1e-6)
+    np.testing.assert_allclose(ts.next_obs[..., 2], obs[..., 2] + 0.02 * obs[..., 3], atol=1e-6)
+    np.testing.assert_array_equal(ts.obs[~at_end], ts.next_obs[~at_end])
+    fresh = np.asarray(ts.obs[at_end])
+    assert (np.abs(fresh) <= 0.05).all() and (np.abs(fresh - ts.next_obs[at_end]).max(-1) > 1e-3).all()
+    assert len(np.unique(fresh)) == fresh.size
+    np.testing.assert_array_equal(np.concatenate([obs[1:], last[None]]), ts.obs)
+    check_statistics(ts)
+
+
+def test_a_fall_is_a_termination_also_at_the_limit():
+    _, ts, _ = play(jax.random.key(0), make_env("gymnasium/CartPole-v1", 2), fall, 60)
+    assert ts.terminated.sum() >= 10 and not ts.truncated.any()
+    check_statistics(ts)
+    first = int(np.argmax(np.asarray(ts.terminated)[:, 0])) + 1
+    _, again, _ = play(jax.random.key(0), make_env("gymnasium/CartPole-v1", 2, max_episode_steps=first), fall, first)
+    assert again.terminated[-1, 0] and not again.truncated[-1, 0]
+    check_statistics(again)
+
+
+def test_the_key_fixes_the_episodes():
+    env = make_env("gymnasium/CartPole-v1", 2)
+    one, same, other = (play(jax.random.key(k), env, fall, 30) for k in (0, 0, 1))
+    jax.tree.map(np.testing.assert_array_equal, one, same)
+    assert (np.abs(one[0][0] - other[0][0]) > 1e-5).all()
+    assert (np.abs(one[0][0, 0] - one[0][0, 1]) > 1e-5).all()  # the copies differ
+    test = jax.jit(lambda key: evaluate(lambda carry, obs, key: (carry, balance(0, obs)), env, key))
+    returns, length = test(jax.random.key(5))
+    np.testing.assert_array_equal(returns, length)
+    np.testing.assert_array_equal(test(jax.random.key(5))[0], returns)
+
+
+def test_real_actions_arrive_clipped_and_floats_are_single(echo):
+    env = echo(2, actions=gymnasium.spaces.Box(np.float32([-1, -2]), np.float32([1, 3])))
+    assert env.action_space == ((-1.0, -2.0), (1.0, 3.0))
+    actions = jnp.float32([[5, -5], [0.5, 2.5]])
+    obs, ts, _ = play(jax.random.key(0), env, lambda t, obs: actions, 3)
+    np.testing.assert_allclose(ts.next_obs[1], np.float32([[1, -2], [0.5, 2.5]]) / 3)
+    np.testing.assert_allclose(ts.reward[1], np.float32([-1, 3]) / 3)
+    assert (ts.obs.dtype, ts.reward.dtype, ts.info["episode"]["return"].dtype) == (jnp.float32,) * 3
+    check_statistics(ts)
+
+
+def test_discrete_actions_start_where_theirs_do(echo):
+    env = echo(2, actions=gymnasium.spaces.Discrete(3, start=-1))
+    _, ts, _ = play(jax.random.key(0), env, lambda t, obs: jnp.int32([0, 2]), 3)
+    np.testing.assert_allclose(ts.reward[0] * 3, [-1, 1], rtol=1e-6)
+
+
+def test_episodes_lost_with_their_process_start_afresh():
+    """A state that goes on elsewhere: one time limit that counts nothing, then fresh episodes, counted from zero."""
+    key, steps = jax.random.key(0), 4
+    _, _, (env_state, _) = play(key, make_env("gymnasium/CartPole-v1", 2), balance, steps)
+    env = make_env("gymnasium/CartPole-v1", 2)
+    start = jax.jit(env.reset)(key)[1]
+    lost_state, lost = jax.jit(env.step)(key, env_state, jnp.zeros(2, jnp.int32))
+    assert lost.truncated.all() and not lost.terminated.any() and not lost.reward.any()
+    assert not jax.tree.reduce(lambda a, b: a + b.sum(), lost.info, 0)
+    np.testing.assert_array_equal(lost.obs, lost.next_obs)
+    assert (np.abs(lost.obs) <= 0.05).all() and (np.abs(lost.obs - start) > 1e-5).all()
+    state, lengths = lost_state, []
+    for _ in range(40):
+        state, ts = jax.jit(env.step)(key, state, jnp.zeros(2, jnp.int32))
+        lengths.append(ts.info["episode"]["length"])
+    lengths = np.asarray(lengths)
+    np.testing.assert_array_equal(lengths[lengths[:, 0] > 0, 0][0], np.flatnonzero(lengths[:, 0])[0] + 1)
+
+
+def test_ppo_runs_on_the_host_as_anywhere():
+    """After three iterations, the run sees what the simulators show, and has taken as many steps as they have."""
+    config = ppo.get_config()
+    config.update(env="gymnasium/CartPole-v1", num_envs=2, num_steps=8, hidden_dims=(8,), num_minibatches=2)
+    config = ml_collections.FrozenConfigDict(config)
+    env = make_env(config.env, config.num_envs)
+
+    @jax.jit
+    def train(key):
+        def step(i, run):
+            return ppo.train_step(run, jax.random.fold_in(key, i), env, config)[0]
+
+        return jax.lax.fori_loop(0, 3, step, ppo.init(jax.random.fold_in(key, 9), env, config))
+
+    run = train(jax.random.key(0))
+    np.testing.assert_allclose(run.obs, [simulator.unwrapped.state for simulator in env.envs], rtol=1e-6)
+    assert int(run.env_state.clock) == env.clock == 3 * config.num_steps
+    again = train(jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, run, again)
+
+
+def test_mistakes_are_named(echo, monkeypatch):
+    spaces = gymnasium.spaces
+    box, tree = spaces.Box(-1, 1, (2,)), spaces.Dict(a=spaces.Discrete(2))
+    for name, kwargs, words in [
+            ("CartPol-v1", {}, 'unknown environment "gymnasium/CartPol-v1"; did you mean "gymnasium/CartPole-v1"'),
+            ("CartPole-v1", dict(gravity=9), "unexpected keyword argument 'gravity'"),
+            ("Endless-v0", dict(actions=box), "no time limit: set env_kwargs.max_episode_steps"),
+            ("Echo-v0", dict(actions=tree), "actions are Dict.*; Discrete and flat Box are supported"),
+            ("Echo-v0", dict(actions=spaces.MultiBinary(2)), "actions are MultiBinary"),
+            ("Echo-v0", dict(actions=box, observations=tree), "observations are Dict.*; only Box is supported")]:
+        with pytest.raises(UserError, match=words):
+            make_env(f"gymnasium/{name}", 1, **kwargs)
+
+    def missing(*args, **kwargs):
+        raise gymnasium.error.DependencyNotInstalled("MuJoCo is not installed")
+
+    monkeypatch.setattr(gymnasium, "make", missing)
+    with pytest.raises(UserError, match=r'needs the extra `mujoco`: pip install -e "\.\[mujoco\]"'):
+        make_env("gymnasium/HalfCheetah-v5", 1)
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    with pytest.raises(UserError, match=r'needs the extra `mujoco`: pip install -e "\.\[mujoco\]"'):
+        make_env("gymnasium/CartPole-v1", 1)
