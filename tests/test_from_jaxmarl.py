@@ -9,6 +9,7 @@ import pytest
 
 from core.envs import Batch, Discrete, pursuit_evasion
 from core.envs.from_jaxmarl import AsJaxMARL, Env
+from core.errors import UserError
 
 jaxmarl = pytest.importorskip("jaxmarl")
 
@@ -38,12 +39,12 @@ PLANTED_ERRORS = {
 
 
 def test_names_and_packages(monkeypatch):
-    with pytest.raises(ValueError, match='did you mean "jaxmarl/MPE_simple_spread_v3"'):
+    with pytest.raises(UserError, match='did you mean "jaxmarl/MPE_simple_spread_v3"'):
         Env("MPE_simple_spred_v3")
-    with pytest.raises(ValueError, match="no time limit"):
+    with pytest.raises(UserError, match="no time limit"):
         Env("coin_game")
     monkeypatch.setitem(sys.modules, "jaxmarl", None)
-    with pytest.raises(ImportError, match=r'pip install -e "\.\[envs\]"'):
+    with pytest.raises(UserError, match=r'pip install -e "\.\[envs\]"'):
         Env("MPE_simple_spread_v3")
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from core.envs.interface import Box, Discrete, TimeStep
+from core.errors import UserError
 
 
 class State(NamedTuple):
@@ -30,7 +31,7 @@ class Env:
         if name not in jaxmarl.registered_envs:
             close = difflib.get_close_matches(name, jaxmarl.registered_envs, n=1)
             hint = f'; did you mean "jaxmarl/{close[0]}"?' if close else ""
-            raise ValueError(f'unknown environment "jaxmarl/{name}"{hint}')
+            raise UserError(f'unknown environment "jaxmarl/{name}"{hint}')
         self.env = jaxmarl.make(name, **kwargs)
         self.agents, self.num_agents, self.max_steps = self.env.agents, self.env.num_agents, _episode_length(self.env)
         self.spaces = [self.env.action_space(agent) for agent in self.agents]
@@ -124,7 +125,7 @@ def _jaxmarl(what):
     try:
         import jaxmarl.environments.spaces
     except ImportError as error:
-        raise ImportError(f'{what} needs the extra `envs`: pip install -e ".[envs]"') from error
+        raise UserError(f'{what} needs the extra `envs`: pip install -e ".[envs]"') from error
     return jaxmarl
 
 
@@ -137,7 +138,7 @@ def _theirs(function, *args):
 def _episode_length(env):
     """Steps until the time limit ends an episode."""
     if not hasattr(env, "max_steps"):
-        raise ValueError(f"{env.name} has no time limit that could be told from a termination")
+        raise UserError(f"{env.name} has no time limit that could be told from a termination")
     # Compared with the step counter, which MPE and SMAX do before they raise it.
     return env.max_steps + any(game in type(env).__module__ for game in (".mpe.", ".smax."))
 
@@ -151,7 +152,7 @@ def _common(name, spaces):
     if all(hasattr(space, "n") for space in spaces):
         return Discrete(max(int(space.n) for space in spaces))
     if any(hasattr(space, "n") or len(space.shape) != 1 for space in spaces):
-        raise ValueError(f"jaxmarl/{name}: every agent's actions have to be Discrete, or every agent's a flat Box")
+        raise UserError(f"jaxmarl/{name}: every agent's actions have to be Discrete, or every agent's a flat Box")
     width = max(space.shape[0] for space in spaces)
     low, high = np.full(width, np.inf), np.full(width, -np.inf)
     for space in spaces:
