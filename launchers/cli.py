@@ -38,7 +38,10 @@ def _parse(argv):
     try:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
-        sys.exit(_fail(" ".join(str(error).split())))
+        message = " ".join(str(error).split())
+        if message[:1] in ("'", '"'):  # a KeyError, printed by its repr
+            message = "the config has no key " + message.strip("'\"\\").replace("\\'", "").replace("\\n", ". ")
+        sys.exit(_fail(message))
 
 
 def compilation_cache():
