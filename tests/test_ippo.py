@@ -57,14 +57,15 @@ PLANTED_ERRORS = {
     "one reward scale for all": (IPPO, "(run.reward_scale, reward)", "(run.reward_scale, reward[..., [0, 0]])",
                                  STATISTICS),
     "raw rewards learnt from": (IPPO, "run, reward = scale(run, reward, ended(step), config)",
-                                "run, _ = scale(run, reward, ended(step), config)", TARGETS + "[shared]"),
+                                "run, _ = scale(run, reward, ended(step), config)",
+                                "test_values_are_learnt_in_units_of_the_returns_deviation"),
     "policy gradient reversed": (IPPO, "actor_loss = -jnp.minimum", "actor_loss = jnp.minimum", LOSS),
     "max for min": (IPPO, "-jnp.minimum(ratio", "-jnp.maximum(ratio", LOSS),
     "value not clipped": (IPPO, 'jnp.clip(value - batch["value"], -self.config.clip, self.config.clip)',
                           'value - batch["value"]', LOSS),
     "entropy punished": (IPPO, "- self.config.entropy_coef * entropy", "+ self.config.entropy_coef * entropy", LOSS),
     "log-probability of the wrong action": (IPPO, "dist.log_prob(action), step)", "dist.log_prob(dist.mode()), step)",
-                                            TARGETS + "[own]"),
+                                            BATCH),
     "observation after the step": (IPPO, "(run.obs, action, dist", "(step.obs, action, dist", BATCH),
     "evaluation sees raw observations": (IPPO, "return (), run.agent.actor_critic(see(run, obs), ",
                                          "return (), run.agent.actor_critic(obs, ", STATISTICS),
@@ -271,6 +272,7 @@ def test_a_forbidden_action_is_never_taken(share):
         obs = jax.vmap(Masked().reset)(jax.random.split(key, 32))[1]
     probs = run.agent.actor_critic(ippo.see(run, obs), method="actor").probs
     np.testing.assert_array_equal(np.asarray(probs)[np.asarray(obs[..., 2:]) == 0], 0.0)
+    np.testing.assert_array_equal(ippo.see(run, obs)[..., 2:], obs[..., 2:])
     best = jnp.stack([jnp.argmax(obs[:, 0, 2:], -1), jnp.full(32, 2)], axis=1)
     np.testing.assert_array_equal(ippo.act(run, (), obs, None)[1], best)
 
@@ -297,8 +299,9 @@ def a_batch(agent, obs, space, size=32):
     action = space.sample(keys[1], (size, obs.shape[1]))
     log_prob = agent.actor_critic(obs, method="actor").log_prob(action)
     log_prob = log_prob + 0.3 * jax.random.normal(keys[2], log_prob.shape)
-    value, advantage = jax.random.normal(keys[3], (2, *log_prob.shape)) + jnp.arange(2.0) * 5
-    return dict(obs=obs, action=action, log_prob=log_prob, value=value, advantage=advantage * jnp.array([[1.0, 7.0]]))
+    value, advantage = jax.random.normal(keys[3], (2, *log_prob.shape))
+    advantage = advantage * jnp.array([[1.0, 3.0]]) + jnp.array([[0.0, 2.0]])
+    return dict(obs=obs, action=action, log_prob=log_prob, value=value, advantage=advantage)
 
 
 @BOTH
@@ -308,7 +311,7 @@ def test_loss_is_the_equation_agent_by_agent(env, share):
     agent = start(jax.random.key(0), probes.batch(env), config).agent
     raw = a_batch(agent, jnp.full((1, 2, 1), 0.4), env.action_space)
     dist, values = agent.actor_critic(raw["obs"])
-    losses, outside = [], []
+    losses, parts = [], []
     for i in range(2):
         batch = {k: np.asarray(v, np.float64)[:, i] for k, v in raw.items()}
         if isinstance(dist, distrax.Categorical):
@@ -325,10 +328,11 @@ def test_loss_is_the_equation_agent_by_agent(env, share):
         g, old, v = batch["advantage"] + batch["value"], batch["value"], np.asarray(values, np.float64)[:, i]
         value = 0.5 * np.mean(np.maximum((v - g) ** 2, (old + np.clip(v - old, -0.15, 0.15) - g) ** 2))
         losses.append(actor + 0.7 * value - 0.03 * entropy)
-        outside.append(np.mean(np.abs(ratio - 1) > 0.15))
+        parts.append((actor, value, entropy, np.mean(np.abs(ratio - 1) > 0.15)))
     loss, info = agent.loss(agent.actor_critic.params, raw)
     np.testing.assert_allclose(loss, np.mean(losses) if share else np.sum(losses), rtol=1e-4)
-    np.testing.assert_allclose(info["clipped"], np.mean(outside), rtol=1e-5)
+    names = ("actor_loss", "value_loss", "entropy", "clipped")
+    np.testing.assert_allclose([info[name] for name in names], np.mean(parts, axis=0), rtol=1e-4, atol=1e-5)
 
 
 def test_agents_with_their_own_parameters_do_not_touch_each_other():
@@ -356,6 +360,13 @@ def of(params, i):
 
 def add(i, param, update):
     return param.at[i].add(update)
+
+
+def test_values_are_learnt_in_units_of_the_returns_deviation():
+    run, _ = train(Clocks(), make_config(discount=0.5, gae_lambda=0.5, normalize_reward=True))
+    std = np.sqrt(run.reward_scale.stats.var)
+    value = run.agent.actor_critic(jnp.ones((1, 2, 1)), method="critic")
+    np.testing.assert_allclose(value * std[None], [[2.0, 4.0]], rtol=0.05)
 
 
 def test_rewards_and_observations_have_their_own_statistics():

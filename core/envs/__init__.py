@@ -14,7 +14,7 @@ HERE = pathlib.Path(__file__).parent
 
 def make_env(name: str, num_envs: int, **kwargs):
     """`num_envs` copies of the environment `name`; `kwargs` are its own settings."""
-    source, _, rest = name.rpartition("/")
+    source, rest = name.split("/", 1) if "/" in name else ("", name)
     if source == "gymnasium":  # simulated on the host, already a batch
         from core.envs.from_gymnasium import HostBatch
         return HostBatch(rest, num_envs, **kwargs)
