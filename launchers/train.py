@@ -29,7 +29,7 @@ from core import checkpoint
 from core.envs import make_env
 from core.errors import UserError
 from core.evaluation import evaluate, summarize
-from core.logging import Logger
+from core.logging import Logger, read_metrics
 from launchers import cli
 
 FLAGS = flags.FLAGS
@@ -60,6 +60,8 @@ def build(algorithm, config, num_seeds):
     env = make_env(config.env, config.num_envs, **config.get("env_kwargs", {}))
     if not hasattr(algorithm, "measure"):
         eval_env = make_env(config.env, config.eval_episodes, **config.get("env_kwargs", {}))
+    if getattr(env, "on_host", False) and FLAGS.devices > 1:
+        raise UserError(f'environment "{config.env}" runs on the host: --devices=1')
     if num_seeds > 1 and getattr(env, "on_host", False):
         raise UserError(f'environment "{config.env}" runs on the host, one seed per process: --num_seeds=1')
 
@@ -210,8 +212,10 @@ def main(_):
             meta = dict(iteration=i, rows=logger.rows, seconds=seconds, score=float(row["return"].mean()))
             checkpoint.save(folder, i, whole, meta)
     bar.close()
-    if row is None:
+    if row is None and (workdir / "summary.json").exists():
         raise UserError(f"{workdir} is finished: its {config.env_steps} env steps are done")
+    if row is None:  # it was killed between its last checkpoint and its summary
+        row = {k: v[-1] for k, v in read_metrics(workdir).items() if k not in ("env_steps", "seed")}
     if lead:
         measures = {k: summarize(v) for k, v in row.items() if k != "return"}
         steps = iterations * per_iteration * len(seeds)
