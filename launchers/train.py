@@ -22,6 +22,7 @@ import ml_collections
 import numpy as np
 import tqdm
 from absl import flags
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
@@ -166,7 +167,8 @@ def open_workdir(config):
     return workdir
 
 
-def main(_):
+def start():
+    """The devices and the processes of this run; its config."""
     if FLAGS.config is None:
         raise UserError("say what to train: --config=configs/….py or --config=algorithms/….py")
     if FLAGS.devices > 1:
@@ -174,24 +176,15 @@ def main(_):
     if FLAGS.coordinator:
         jax.distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     cli.compilation_cache()
-    config = ml_collections.FrozenConfigDict(cli.smoke(FLAGS.config) if FLAGS.smoke else FLAGS.config)
-    algorithm, began = cli.algorithm_of(config), time.perf_counter()
-    seeds = list(range(FLAGS.seed, FLAGS.seed + FLAGS.num_seeds))
-    run, gather, programs = compile_programs(build(algorithm, config, len(seeds)), seeds, config)
-    compile_seconds = time.perf_counter() - began
+    return ml_collections.FrozenConfigDict(cli.smoke(FLAGS.config) if FLAGS.smoke else FLAGS.config)
 
-    lead = jax.process_index() == 0
-    stored = cli.config_dict(config) | dict(seed=FLAGS.seed, num_seeds=FLAGS.num_seeds, eval_seed=FLAGS.eval_seed)
-    workdir = open_workdir(stored)
-    folder, meta = workdir / "checkpoints", dict(iteration=0, rows=None, seconds=0.0)
-    if FLAGS.resume and checkpoint.steps(folder):
-        run, meta = checkpoint.restore_newest(folder, run)
-    logger = Logger(workdir, stored, own_flags(), seeds, meta["rows"], FLAGS.wandb) if lead else None
 
-    per_iteration = config.num_envs * config.num_steps
+def fit(run, gather, programs, config, folder, meta, logger):
+    """All that is left of training: (last metrics row, seconds). Each evaluation is logged, then a checkpoint."""
+    per_iteration, seeds = config.num_envs * config.num_steps, FLAGS.num_seeds
     iterations, evaluations = config.env_steps // per_iteration, max(1, round(config.env_steps / config.eval_every))
     stops = [iterations * (k + 1) // evaluations for k in range(evaluations)]
-    bar = progress_bar(iterations, meta["iteration"], per_iteration * len(seeds))
+    bar = progress_bar(iterations, meta["iteration"], per_iteration * seeds)
     chunk = iterations if jax.process_count() > 1 else FLAGS.chunk  # processes must cut alike; their clocks differ
     i, seconds, row = meta["iteration"], meta["seconds"], None
     for stop in [stop for stop in stops if stop > i]:
@@ -207,26 +200,52 @@ def main(_):
         tested, sums = jax.tree.map(np.asarray, (programs.test(run, jax.random.key(FLAGS.eval_seed)), sums))
         row, i, whole = metrics_of(tested, sums, stop - i), stop, gather(run)
         bar.set_postfix({"return": f"{row['return'].mean():.4g}"})
-        if lead:
+        if logger:
             logger.write(i * per_iteration, row)
             meta = dict(iteration=i, rows=logger.rows, seconds=seconds, score=float(row["return"].mean()))
             checkpoint.save(folder, i, whole, meta)
     bar.close()
+    return row, seconds
+
+
+def main(_):
+    config, began = start(), time.perf_counter()
+    seeds = list(range(FLAGS.seed, FLAGS.seed + FLAGS.num_seeds))
+    run, gather, programs = compile_programs(build(cli.algorithm_of(config), config, len(seeds)), seeds, config)
+    compile_seconds = time.perf_counter() - began
+
+    stored = cli.config_dict(config) | dict(seed=FLAGS.seed, num_seeds=FLAGS.num_seeds, eval_seed=FLAGS.eval_seed)
+    workdir = open_workdir(stored)
+    folder, meta = workdir / "checkpoints", dict(iteration=0, rows=None, seconds=0.0)
+    if FLAGS.resume and checkpoint.steps(folder):
+        run, meta = checkpoint.restore_newest(folder, run)
+    if jax.process_count() > 1:  # all have looked at the folder before one of them writes there
+        multihost_utils.sync_global_devices("the folder is read")
+    lead = jax.process_index() == 0
+    logger = Logger(workdir, stored, own_flags(), seeds, meta["rows"], FLAGS.wandb) if lead else None
+
+    row, seconds = fit(run, gather, programs, config, folder, meta, logger)
     if row is None and (workdir / "summary.json").exists():
         raise UserError(f"{workdir} is finished: its {config.env_steps} env steps are done")
     if row is None:  # it was killed between its last checkpoint and its summary
         row = {k: v[-1] for k, v in read_metrics(workdir).items() if k not in ("env_steps", "seed")}
     if lead:
-        measures = {k: summarize(v) for k, v in row.items() if k != "return"}
-        steps = iterations * per_iteration * len(seeds)
-        summary = dict(
-            algorithm=config.algorithm, env=config.env, seeds=seeds, env_steps=iterations * per_iteration,
-            final=summarize(row["return"]), **measures, compile_seconds=compile_seconds, train_seconds=seconds,
-            env_steps_per_second=steps / seconds, updates_per_second=iterations * len(seeds) / seconds,
-            peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-            device=jax.devices()[0].device_kind, devices=jax.device_count())
+        summary = summary_of(config, seeds, row, compile_seconds, seconds)
         logger.close(summary)
         print(table(summary, workdir))
+
+
+def summary_of(config, seeds, row, compile_seconds, train_seconds):
+    iterations = config.env_steps // (config.num_envs * config.num_steps)
+    env_steps = iterations * config.num_envs * config.num_steps
+    measures = {k: summarize(v) for k, v in row.items() if k != "return"}
+    return dict(
+        algorithm=config.algorithm, env=config.env, seeds=seeds, env_steps=env_steps,
+        final=summarize(row["return"]), **measures, compile_seconds=compile_seconds, train_seconds=train_seconds,
+        env_steps_per_second=env_steps * len(seeds) / train_seconds,
+        updates_per_second=iterations * len(seeds) / train_seconds,
+        peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        device=jax.devices()[0].device_kind, devices=jax.device_count())
 
 
 def own_flags():

@@ -141,6 +141,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(uninterrupted,
     assert evaluated.returncode == 2 and victim.name in evaluated.error and len(evaluated.error.splitlines()) == 1
 
 
+def test_killed_before_its_summary_a_run_gets_it_on_resume(uninterrupted, launch, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    resumed = launch("train", *TINY, "--num_seeds=2", "--resume", f"--workdir={tmp_path / 'run'}")
+    assert resumed.returncode == 0, resumed.error
+    final = [json.loads((run / "summary.json").read_text())["final"] for run in (uninterrupted, tmp_path / "run")]
+    assert final[0]["per_seed"] == pytest.approx(final[1]["per_seed"])
+
+
 def test_seeds_of_one_program_are_the_seeds_run_solo(uninterrupted, launch, tmp_path):
     assert launch("train", *TINY, "--seed=1", f"--workdir={tmp_path}").returncode == 0
     assert_close(tmp_path, uninterrupted, seed="1")
