@@ -66,6 +66,10 @@ def build(algorithm, config, num_seeds):
     if num_seeds > 1 and getattr(env, "on_host", False):
         raise UserError(f'environment "{config.env}" runs on the host, one seed per process: --num_seeds=1')
 
+    @jax.jit  # so that it is traced once for `zeros` and `train`
+    def train_step(run, key):
+        return algorithm.train_step(run, key, env, config)
+
     def init(seed):
         return algorithm.init(jax.random.fold_in(jax.random.key(seed), 0), env, config)
 
@@ -74,14 +78,14 @@ def build(algorithm, config, num_seeds):
 
         def iteration(i, state):
             run, (sums, bad) = state
-            run, info = algorithm.train_step(run, jax.random.fold_in(key, i), env, config)
+            run, info = train_step(run, jax.random.fold_in(key, i))
             finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(info)]).all()
             return run, (jax.tree.map(jnp.add, sums, info), jnp.where(finite | (bad >= 0), bad, i))
 
         return jax.lax.fori_loop(start, stop, iteration, (run, totals))
 
     def zeros(run):
-        info = jax.eval_shape(lambda run: algorithm.train_step(run, jax.random.key(0), env, config)[1], run)
+        _, info = jax.eval_shape(train_step, run, jax.random.key(0))
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), info), jnp.int32(-1)
 
     def test(run, key):

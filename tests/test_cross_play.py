@@ -37,13 +37,14 @@ PUSH = SimpleNamespace(act=act)
 def returns_of(pursuer, evader, key, episodes=5):
     """The same game by a plain loop: pursuers accelerate by `pursuer`, the evader by `evader`, both components."""
     env = Batch(ENV, episodes)
+    step_env = jax.jit(env.step)
     reset_key, key = jax.random.split(key)
     state, _ = env.reset(reset_key)
     action = jnp.broadcast_to(jnp.array([pursuer, pursuer, evader])[None, :, None], (episodes, 3, 2))
     total = 0.0
     for t in range(ENV.max_steps):
         _, env_key = jax.random.split(jax.random.fold_in(key, t))
-        state, step = jax.jit(env.step)(env_key, state, action)
+        state, step = step_env(env_key, state, action)
         total = total + np.asarray(step.reward)
     return total.mean(0)
 

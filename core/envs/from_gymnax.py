@@ -1,5 +1,8 @@
 """Environments of gymnax >= 1.0, by their names there."""
 import difflib
+import importlib
+import sys
+import types
 
 import jax
 import numpy as np
@@ -10,10 +13,7 @@ from core.errors import UserError
 
 class Env:
     def __init__(self, name: str, **params):
-        try:
-            import gymnax
-        except ImportError as error:
-            raise UserError(f'"gymnax/{name}" needs the extra `envs`: pip install -e ".[envs]"') from error
+        gymnax = _gymnax(name)
         if name not in gymnax.registered_envs:
             close = difflib.get_close_matches(name, gymnax.registered_envs, n=1)
             hint = f'; did you mean "gymnax/{close[0]}"?' if close else ""
@@ -50,6 +50,25 @@ class Env:
             cells = [Circle((x, -y), 0.45, PALETTE[c % len(PALETTE)]) for y, x, c in np.argwhere(grid)]
             return Scene((-0.6, -len(grid) + 0.4), (len(grid) - 0.4, 0.6), cells)
         raise UserError(f'"gymnax/{self.env.name}" cannot be drawn')
+
+
+class _Seaborn(types.ModuleType):
+    """Stands for seaborn until somebody asks it for something."""
+
+    def __getattr__(self, name):
+        return getattr(importlib.import_module("seaborn"), name)
+
+
+def _gymnax(name):
+    # gymnax imports seaborn, with pandas and scipy.stats: most of a second of every start, for colours of one picture.
+    ours = sys.modules.setdefault("seaborn", _Seaborn("seaborn"))
+    try:
+        return importlib.import_module("gymnax")
+    except ImportError as error:
+        raise UserError(f'"gymnax/{name}" needs the extra `envs`: pip install -e ".[envs]"') from error
+    finally:
+        if isinstance(ours, _Seaborn):
+            del sys.modules["seaborn"]
 
 
 def _box(space):
