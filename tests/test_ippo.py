@@ -340,26 +340,27 @@ def test_agents_with_their_own_parameters_do_not_touch_each_other():
     config = make_config(num_epochs=3, num_minibatches=1, env_steps=128 * 2, max_grad_norm=0.05)
     agent = start(jax.random.key(0), probes.batch(Game()), config).agent
     batch = a_batch(agent, jnp.full((1, 2, 1), 0.4), Game().action_space)
-    new, _ = agent.update(batch, jax.random.key(1))
+    new, _ = jax.jit(ippo.Agent.update)(agent, batch, jax.random.key(1))
+    gradient = jax.jit(jax.grad(agent.loss, has_aux=True))
     tx = optax.chain(optax.clip_by_global_norm(0.05), optax.adam(optax.linear_schedule(config.lr, 0.0, 6), eps=1e-5))
+    @functools.partial(jax.jit, static_argnums=3)
+    def adam_step(params, state, grads, i):
+        updates, state = tx.update(grads, state)
+        return jax.tree.map(lambda param, update: param.at[i].add(update), params, updates), state
+
     for i in range(2):
         params = agent.actor_critic.params
         state = tx.init(of(params, i))
         for _ in range(3):
-            grads = of(jax.grad(agent.loss, has_aux=True)(params, batch)[0], i)
+            grads = of(gradient(params, batch)[0], i)
             assert sum(jnp.square(g).sum() for g in jax.tree.leaves(grads)) > 0.05**2
-            updates, state = tx.update(grads, state)
-            params = jax.tree.map(functools.partial(add, i), params, updates)
+            params, state = adam_step(params, state, grads, i)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
                      of(new.actor_critic.params, i), of(params, i))
 
 
 def of(params, i):
     return jax.tree.map(lambda x: x[i], params)
-
-
-def add(i, param, update):
-    return param.at[i].add(update)
 
 
 def test_values_are_learnt_in_units_of_the_returns_deviation():
@@ -408,7 +409,7 @@ def test_every_epoch_sees_every_moment_once():
     config = make_config(num_epochs=1, num_minibatches=4, lr=0.0)
     agent = start(jax.random.key(0), probes.batch(Game()), config).agent
     batch = a_batch(agent, jnp.full((1, 2, 1), 0.4), Game().action_space)
-    _, info = agent.update(batch, jax.random.key(1))
+    _, info = jax.jit(ippo.Agent.update)(agent, batch, jax.random.key(1))
     _, whole = agent.loss(agent.actor_critic.params, batch)
     np.testing.assert_allclose(info["value_loss"], whole["value_loss"], rtol=1e-5)
     np.testing.assert_allclose(info["clipped"], whole["clipped"], rtol=1e-5)

@@ -45,18 +45,11 @@ PLANTED_ERRORS = {  # and the test that has to notice
 }
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """Compiled programs, shared by the workers of pytest-xdist."""
-    folder = tmp_path_factory.getbasetemp()
-    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "compiled"
-
-
 @pytest.fixture
-def launch(cache):
+def launch():
     """Start `python -m launchers.<name> …` in `cwd`; wait for it unless told otherwise."""
     def launch(name, *args, cwd=ROOT, wait=True, env=()):
-        settings = {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(cwd), **dict(env)}
+        settings = {"PYTHONPATH": str(cwd), **dict(env)}
         process = subprocess.Popen([sys.executable, "-m", f"launchers.{name}", *map(str, args)], cwd=cwd, text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **settings})
         if not wait:
@@ -81,11 +74,10 @@ def arrays(workdir):
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(tmp_path_factory, cache):
+def uninterrupted(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    settings = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
     subprocess.run([sys.executable, "-m", "launchers.train", *TINY, "--num_seeds=2", f"--workdir={workdir}"], cwd=ROOT,
-                   check=True, capture_output=True, env=settings)
+                   check=True, capture_output=True)
     return workdir
 
 
