@@ -44,9 +44,9 @@ def get_config():
         env="pursuit_evasion_lqr",
         env_kwargs=dict(process_noise=0.0),  # its own settings
         num_envs=1,  # each with its own truth, belief and plan
-        num_steps=10,  # of the episode in one train_step
+        num_steps=1,  # of the episode in one train_step
         env_steps=250,
-        eval_every=50,
+        eval_every=10,
         knowledge="belief",  # or frozen, perfect
         about="gain",  # or cost, params
         explore="none",  # or independent, joint, task
@@ -76,19 +76,21 @@ class Model(NamedTuple):
     phi: Callable  # θ -> what the dynamics take
     dynamics: Callable  # φ, x, u -> x'
     phi_of_truth: Callable  # the environment's Params -> φ
+    shown: dict  # {name: two entries of φ}, what a film shows of it
 
 
 def model_of(env, config):
     single = env.env
     if config.about == "params":
-        return Model(single.guess, lambda theta: theta, single.dynamics, lambda params: params)
+        return Model(single.guess, lambda theta: theta, single.dynamics, lambda params: params, single.shown)
+    of_gain = {"gain in x: position, velocity": (0, 2), "gain in y: position, velocity": (5, 7)}
     if config.about == "gain":
-        return Model(single.gain_of(single.guess), lambda gain: gain, single.pursue, single.gain_of)
+        return Model(single.gain_of(single.guess), lambda gain: gain, single.pursue, single.gain_of, of_gain)
 
     def gain_of_cost(log_q):
         return single.gain_of(Params(log_q, jnp.zeros(2)))
 
-    return Model(single.guess.log_q, gain_of_cost, single.pursue, single.gain_of)
+    return Model(single.guess.log_q, gain_of_cost, single.pursue, single.gain_of, of_gain)
 
 
 class Run(NamedTuple):
@@ -235,3 +237,23 @@ def error_name(config):
 def measure(run):
     """What a run of this method is judged by: the task's reward so far and the belief's error, at this moment."""
     return run.measures
+
+
+def imagine(run, env, config):
+    """For a film, of the first environment: {name: (mean (2,), cov (2, 2))} of φ less its truth, and mean (H, 2) and
+    cov (H, 2, 2) of where the plan leads, J P J' with J = ∂place/∂φ along it. Only what θ makes uncertain counts."""
+    first = (run.belief, run.plan.mean, run.obs, run.env_state.env.params)
+    (belief, plan, x, truth), model = jax.tree.map(lambda leaf: leaf[0], first), model_of(env, config)
+    (phi, unravel), cov = ravel_pytree(model.phi(belief.params)), cov_of_phi(belief, model)
+    error = phi - ravel_pytree(model.phi_of_truth(truth))[0]
+
+    def places(phi):
+        def step(x, action):
+            x = model.dynamics(unravel(phi), x, action)
+            return x, env.env.place(x)
+
+        return jax.lax.scan(step, x, plan)[1]
+
+    J = jax.jacfwd(places)(phi)  # (H, 2, |φ|)
+    of_phi = {name: (error[jnp.array(ij)], cov[jnp.ix_(*[jnp.array(ij)] * 2)]) for name, ij in model.shown.items()}
+    return of_phi, (places(phi), jnp.einsum("hip,pq,hjq->hij", J, cov, J))

@@ -245,6 +245,13 @@ def adapt_noise(noise: jax.Array, pred: Belief, posterior: Belief, rate: float) 
     return jnp.maximum(noise + rate * (surprise.mean() if jnp.ndim(noise) == 0 else surprise), 0.0)
 
 
+def nis_band(d: int, count: np.ndarray, coverage: float = 0.95) -> list[np.ndarray]:
+    """Where the mean of `count` NIS of d observations each lies if the belief is right: their sum is χ²(count · d)."""
+    from scipy.stats import chi2  # here, because importing it takes half a second
+
+    return [chi2.ppf(p, count * d) / count for p in ((1 - coverage) / 2, (1 + coverage) / 2)]
+
+
 def information(
     cov: jax.Array, H: jax.Array, R: jax.Array, task: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:

@@ -42,10 +42,16 @@ class Line(NamedTuple):
     width: float = 2.0  # pixels
 
 
+class Text(NamedTuple):
+    place: Any  # (x, y) of the left end, half way up
+    text: str
+    colour: Colour
+
+
 class Scene(NamedTuple):
     low: Any  # (x, y) of the lower left corner
     high: Any
-    shapes: list[Circle | Line]
+    shapes: list[Circle | Line | Text]
 
 
 def scenes(env: Any, states: Any) -> list[Scene]:
@@ -61,6 +67,18 @@ def ellipse(mean: np.ndarray, cov: np.ndarray, colour: Colour, deviations: float
     values, vectors = np.linalg.eigh(cov)
     circle = np.stack([np.cos(angle), np.sin(angle)], axis=1) * np.sqrt(np.maximum(values, 0))
     return Line(mean + deviations * circle @ vectors.T, colour)
+
+
+def gaussians(named: dict[str, tuple[np.ndarray, np.ndarray]], width: float, caption: str) -> Scene:
+    """{name: (mean [2], cov [2, 2])}, each as two standard deviations in a colour of its own, around a cross at 0."""
+    w = width / 2
+    shapes = [Line([(-w, 0), (w, 0)], GREY, 1), Line([(0, -w), (0, w)], GREY, 1),
+              Text((-0.95 * w, -0.93 * w), caption, BLACK)]
+    for i, (name, (mean, cov)) in enumerate(named.items()):
+        colour = PALETTE[i % len(PALETTE)]
+        shapes += [ellipse(mean, cov, colour), Circle(mean, 0.015 * w, colour, label=name),
+                   Text((-0.95 * w, (0.93 - 0.09 * i) * w), name, colour)]
+    return Scene((-w, -w), (w, w), shapes)
 
 
 def film(scenes: Sequence[Scene], reward: np.ndarray | None = None, height: int = 384, trail: int = 25) -> np.ndarray:
@@ -97,7 +115,10 @@ def even(x: float) -> int:
     return 2 * round(x / 2)
 
 
-def draw_shape(draw: ImageDraw.ImageDraw, shape: Circle | Line, pixels: Any, scale: float) -> None:
+def draw_shape(draw: ImageDraw.ImageDraw, shape: Circle | Line | Text, pixels: Any, scale: float) -> None:
+    if isinstance(shape, Text):
+        font = ImageFont.load_default(12 * SCALE)
+        return draw.text(tuple(pixels(shape.place)), shape.text, shape.colour, font, anchor="lm")
     if isinstance(shape, Line):
         draw.line([tuple(p) for p in pixels(shape.points)], shape.colour, round(SCALE * shape.width), "curve")
         return
@@ -127,6 +148,7 @@ class Curves:
         self.top = 2 * self.line + self.line * len(self.names)
 
     def draw(self, draw: ImageDraw.ImageDraw, left: int, t: int) -> None:
+        draw.rectangle([left, 0, left + self.width, self.height], WHITE)  # no shape reaches out of the arena
         margin, bottom = 3 * self.line, self.height - 2 * self.line
         low, high = self.returns.min(), self.returns.max()
         x = left + np.linspace(margin, self.width - self.line, len(self.returns))

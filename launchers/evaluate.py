@@ -8,10 +8,7 @@
 Cross-play is for environments with opponents (`teams`): every seed's first team plays every seed's other agents, of
 the same run or of another one. What self-play returns cannot say, a row of this matrix does: who is good at the game.
 """
-import contextlib
 import functools
-import os
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +19,7 @@ from core.envs import make_env
 from core.errors import UserError
 from core.evaluation import evaluate, summarize
 from launchers import cli
-from launchers.runs import drawable, load, play, start_carry
+from launchers.runs import drawable, figure, load, play, start_carry
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("run", None, "A run's folder, or one of its checkpoints.", required=True)
@@ -125,22 +122,6 @@ def draw_returns(returns, path, title):
         ax.plot(range(len(returns)), np.median(returns, axis=1), "_", color="black", markersize=12)
         ax.set(xlabel="seed", ylabel="return of an episode", title=title)
         ax.spines[["top", "right"]].set_visible(False)
-
-
-@contextlib.contextmanager
-def figure(path, **kwargs):
-    """A figure to draw on, which is `path` once all is drawn."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(layout="constrained", **kwargs)
-    yield fig, axes
-    partial = pathlib.Path(path).with_name(f".partial.{pathlib.Path(path).name}")
-    fig.savefig(partial, dpi=120)
-    plt.close(fig)
-    os.replace(partial, path)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ PLANTED_ERRORS = {
                                        "returns[~first].sum(), returns[first].sum()"),
     "one seed plays itself": (EVALUATE, "zip(methods, runs, carry, keys, strict=True)]",
                               "zip(methods, runs[:1] * 2, carry, keys, strict=True)]"),
-    "first state not filmed": (RUNS, "jnp.concatenate([first[None], rest])", "jnp.concatenate([rest[:1], rest])"),
+    "first state not filmed": (RUNS, "jnp.concatenate([jnp.asarray(first)[None], rest])",
+                               "jnp.concatenate([rest[:1], rest])"),
     "film goes on after the end": (RUNS, "int(done.argmax()) + 1 if done.any() else len(reward)", "len(reward)"),
 }
 

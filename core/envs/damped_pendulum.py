@@ -15,6 +15,7 @@ import numpy as np
 
 from core.envs import hidden
 from core.envs.interface import Box
+from core.render import BLACK, BLUE, GREEN, Circle, Line, Scene
 
 
 class Params(NamedTuple):
@@ -38,6 +39,7 @@ class Env:
     observation_noise: float = 0.0
 
     informative = (1,)  # entries of x' that Params reach, less multiples of others
+    shown = {"log damping, log inertia": (0, 1)}
 
     @property
     def action_space(self):
@@ -74,3 +76,12 @@ class Env:
 
     def terminal_cost(self, x: jax.Array) -> jax.Array:
         return (x[0] - np.float32(np.pi)) ** 2 + 0.1 * x[1] ** 2
+
+    def draw(self, state):
+        bob = np.array([np.sin(state.x[0]), -np.cos(state.x[0])])
+        return Scene((-1.3, -1.3), (1.3, 1.3), [
+            Circle((0, 1), 0.12, GREEN, filled=False), Line([(0, 0), bob], BLACK, 3), Circle((0, 0), 0.04, BLACK),
+            Circle(bob, 0.08, BLUE, label="pendulum")])
+
+    def place(self, x):
+        return jnp.stack([jnp.sin(x[0]), -jnp.cos(x[0])])

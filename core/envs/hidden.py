@@ -7,6 +7,11 @@ Such an environment has a flat physical state x [d], a NamedTuple `Params` and
     dynamics(params, x, action) -> x'   pure, for any params: a planner or a filter calls it with a belief's mean
     cost(x, action, next_x), terminal_cost(x)      what a planner minimises; the reward is −cost
 
+and, if it can be drawn,
+
+    draw(state) -> Scene, place(x) -> [2]   the picture, and where in it lies what Params move
+    shown                                   {name: (i, j)}, numbers of the flat Params that make a picture together
+
 A belief about Params may be Gaussian: what must be positive is there as its logarithm, in fields named log_…, and
 every number of Params is drawn, jumps and drifts by addition. So `spread` s multiplies what is positive by a
 log-uniform factor in [1/s, s], and adds U(−log s, log s) to the rest.

@@ -11,9 +11,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from core.envs import hidden
 from core.envs.interface import Box
+from core.render import BLUE, GREEN, Circle, Scene
 
 TRUE_A = ((1.0, 0.0, 0.1, 0.02), (0.0, 1.0, -0.015, 0.1), (0.0, 0.0, 0.92, 0.05), (0.0, 0.0, -0.04, 0.88))
 TRUE_B = ((0.005, 0.001), (-0.0008, 0.005), (0.1, 0.02), (-0.015, 0.1))
@@ -42,6 +44,7 @@ class Env:
     observation_noise: float = 0.0
 
     informative = (0, 1, 2, 3)  # entries of x' that Params reach, less multiples of others
+    shown = {"a_13, a_24": (2, 7), "a_33, a_44": (10, 15), "b_31, b_42": (20, 23)}
 
     @property
     def action_space(self):
@@ -76,3 +79,12 @@ class Env:
 
     def terminal_cost(self, x: jax.Array) -> jax.Array:
         return jnp.square(x - jnp.float32(self.goal)).sum()
+
+    def draw(self, state):
+        place, goal = state.x[:2], np.array(self.goal[:2])
+        low, high = np.minimum(0.0, goal), np.maximum(0.0, goal)
+        return Scene(np.minimum(low - 3.0, place - 0.5), np.maximum(high + 3.0, place + 0.5), [
+            Circle(goal, 0.3, GREEN, filled=False), Circle(goal, 0.1, GREEN), Circle(place, 0.2, BLUE, label="system")])
+
+    def place(self, x):
+        return x[:2]

@@ -24,6 +24,7 @@ import numpy as np
 
 from core.envs import hidden
 from core.envs.interface import Box
+from core.render import BLACK, BLUE, GREY, REDS, Circle, Line, Scene
 
 
 class Params(NamedTuple):
@@ -56,6 +57,7 @@ class Env:
     observation_noise: float = 0.0
 
     informative = (5,)  # entries of x' that Params reach, less multiples of others
+    shown = {"log headway, log braking": (0, 1), "log alertness, log reach": (2, 3)}
 
     @property
     def action_space(self):
@@ -115,3 +117,17 @@ class Env:
         off_road = (x[1] < -7.0) | (x[1] > 3.5)
         behind = (aside < 1.0) & (ahead < 0.0)
         return collision.astype(jnp.float32) + off_road + behind
+
+    def draw(self, state):
+        """Seen from the other car, which rests at the origin."""
+        me, half = np.array([state.x[0] - state.x[4], state.x[1]]), self.car_length / 2
+        low, high = np.minimum((-30, -12), me - 5), np.maximum((30, 12), me + 5)
+        corners = np.array([(-half, -1), (half, -1), (half, 1), (-half, 1), (-half, -1)])
+        edges = [Line([(low[0], y), (high[0], y)], BLACK) for y in (-7.0, 3.5)]
+        lane = Line([(low[0], self.lane), (high[0], self.lane)], GREY, 1)
+        return Scene(low, high, [*edges, lane, Line(corners + (0, self.lane), REDS[0]), Line(corners + me, BLUE),
+                                 Circle(me, 0.4, BLUE, label="agent"),
+                                 Circle((0, self.lane), 0.4, REDS[0], label="other")])
+
+    def place(self, x):
+        return jnp.stack([x[0] - x[4], x[1]])

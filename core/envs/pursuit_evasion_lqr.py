@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from core.envs import hidden
+from core.envs import hidden, particles
 from core.envs.interface import Box
+from core.render import BLUE, GREY, REDS, Circle, Scene
 
 
 class Params(NamedTuple):
@@ -46,6 +47,7 @@ class Env:
     observation_noise: float = 0.0
 
     informative = (6, 7)  # entries of x' that Params reach, less multiples of others
+    shown = {"log_q in x: position, velocity": (0, 2), "log_q in y: position, velocity": (1, 3)}
 
     @property
     def action_space(self):
@@ -107,3 +109,13 @@ class Env:
 
     def terminal_cost(self, x: jax.Array) -> jax.Array:
         return -((x[0] - x[4]) ** 2) - (x[1] - x[5]) ** 2
+
+    def draw(self, state):
+        evader, pursuer, w = state.x[:2], state.x[4:6], self.half_width
+        low, high = np.minimum(evader, pursuer), np.maximum(evader, pursuer)  # nothing keeps them in the box
+        return Scene(np.minimum(-1.15 * w, low - 0.15 * w), np.maximum(1.15 * w, high + 0.15 * w), [
+            particles.box(w, GREY), Circle(evader, 0.04 * w, BLUE, label="evader"),
+            Circle(pursuer, 0.05 * w, REDS[0], label="pursuer")])
+
+    def place(self, x):
+        return x[4:6]
