@@ -39,9 +39,6 @@ PLANTED_ERRORS = {
 
 SMALL = dict(num_steps=4, horizon=5, num_samples=24, num_elites=6, kept_elites=2, num_iterations=1)
 
-# These programs run for milliseconds and take LLVM seconds to optimise.
-jit = functools.partial(jax.jit, compiler_options=dict(xla_backend_optimization_level=0))
-
 
 def make(env="pursuit_evasion_lqr", num_envs=2, env_kwargs=None, **changes):
     config = ekf_lqr.get_config()
@@ -53,12 +50,12 @@ def make(env="pursuit_evasion_lqr", num_envs=2, env_kwargs=None, **changes):
 def start(env, config, seed=0):
     """A fresh run, and a key to go on with. Compiled as one: op by op, a dozen draws take longer than all the rest."""
     init_key, key = jax.random.split(jax.random.key(seed))
-    return jit(functools.partial(ekf_lqr.init, env=env, config=config))(init_key), key
+    return jax.jit(functools.partial(ekf_lqr.init, env=env, config=config))(init_key), key
 
 
 def advance(env, config, iterations=1):
     run, key = start(env, config)
-    step = jit(functools.partial(ekf_lqr.train_step, env=env, config=config))
+    step = jax.jit(functools.partial(ekf_lqr.train_step, env=env, config=config))
     for step_key in jax.random.split(key, iterations):
         run, _ = step(run, step_key)
     return run
@@ -80,7 +77,7 @@ def by_hand(env, config, belief, x, actions, explore):
         return model.dynamics(model.phi(belief.unravel(mean)), x, action)
 
     states, J, total = [x], [], 0.0
-    dynamics, jacobian = jit(dynamics), jit(jax.jacfwd(dynamics))
+    dynamics, jacobian = jax.jit(dynamics), jax.jit(jax.jacfwd(dynamics))
     for action in actions:
         next_x = dynamics(belief.mean, states[-1], action)
         J.append(np.asarray(jacobian(belief.mean, states[-1], action), np.float64)[np.array(single.informative)])
@@ -109,7 +106,7 @@ def test_objective_is_the_equation(about, explore):
     phi = jax.flatten_util.ravel_pytree(model.phi(belief.params))
     cov = ekf_lqr.cov_of_phi(belief, model)
     objective = functools.partial(ekf_lqr.objective, phi=phi, task=None, explore=explore, env=env, config=config)
-    J = jit(objective)(actions, x=x, cov=cov)
+    J = jax.jit(objective)(actions, x=x, cov=cov)
     expected = [by_hand(env, config, belief, x, actions[:, n], explore) for n in range(3)]
     np.testing.assert_allclose(J, expected, rtol=2e-3)
 
@@ -133,7 +130,7 @@ def test_information_for_the_task_is_less_than_information():
 def transitions(env, config, steps):
     """x, u, x' (steps, ...) of the first environment under random actions, and the run after them."""
     (run, key), rows = start(env, config), []
-    interact = jit(functools.partial(ekf_lqr.interact, env=env, config=config))
+    interact = jax.jit(functools.partial(ekf_lqr.interact, env=env, config=config))
     for step_key in jax.random.split(key, steps):
         before = run
         run, _ = interact(before, step_key)
@@ -176,7 +173,7 @@ def test_only_the_belief_learns():
     for knowledge in ("belief", "frozen", "perfect"):
         env, config = make(knowledge=knowledge, drift_var=0.1)
         belief, _ = a_belief(env, config)
-        learn = jit(functools.partial(ekf_lqr.learn, model=ekf_lqr.model_of(env, config), config=config))
+        learn = jax.jit(functools.partial(ekf_lqr.learn, model=ekf_lqr.model_of(env, config), config=config))
         new, nis, nats = learn(belief, jnp.arange(8.0), jnp.ones(2), jnp.arange(8.0) ** 2, 0)
         same = np.array_equal(new.mean, belief.mean) and np.array_equal(new.cov, belief.cov)
         assert same == (nis == 0) == (nats == 0) == (knowledge != "belief")
@@ -191,7 +188,7 @@ def test_perfect_knowledge_plans_with_the_truth():
     belief, plan = jax.tree.map(lambda v: v[0], (run.belief, run.plan))
     right = belief.replace(mean=env.env.gain_of(truth).reshape(-1))
     belief = belief.replace(mean=-10 * right.mean)  # a pursuer that flees
-    choose = jit(functools.partial(ekf_lqr.decide, x=x, truth=truth, env=env), static_argnames="config")
+    choose = jax.jit(functools.partial(ekf_lqr.decide, x=x, truth=truth, env=env), static_argnames="config")
     key = jax.random.key(3)
     _, a = choose(key, belief, plan, config=perfect)
     _, b = choose(jax.random.clone(key), right, plan, config=believing)
@@ -226,8 +223,8 @@ def test_what_is_filmed_is_the_belief_pushed_through_the_plan(about, env_name):
     belief, plan = a_belief(env, config)
     plan = plan._replace(mean=jax.random.normal(key, plan.mean.shape))
     run = run._replace(belief=jax.tree.map(lambda x: x[None], belief), plan=jax.tree.map(lambda x: x[None], plan))
-    of_phi, (mean, cov) = jit(functools.partial(ekf_lqr.imagine, env=env, config=config))(run)
-    model, dynamics = ekf_lqr.model_of(env, config), jit(ekf_lqr.model_of(env, config).dynamics)
+    of_phi, (mean, cov) = jax.jit(functools.partial(ekf_lqr.imagine, env=env, config=config))(run)
+    model, dynamics = ekf_lqr.model_of(env, config), jax.jit(ekf_lqr.model_of(env, config).dynamics)
 
     def leads(theta):
         x, places = run.obs[0], []
@@ -259,14 +256,14 @@ def test_seeds_under_vmap_match_seeds_alone():
 
     with jax.debug_key_reuse(False):  # it misfires on a scan over keys under vmap
         keys = jax.random.split(jax.random.key(0), 3)
-        together, alone = jit(jax.vmap(error))(keys), jit(error)(keys[1])
+        together, alone = jax.jit(jax.vmap(error))(keys), jax.jit(error)(keys[1])
     np.testing.assert_allclose(together[1], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_train_step_is_traced_once():
     (env, config), traces = make(num_envs=1), []
 
-    @jit
+    @jax.jit
     def step(run, key):
         traces.append(1)
         return ekf_lqr.train_step(run, key, env, config)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 import scipy.optimize
 
 from core import planning
@@ -20,10 +21,16 @@ PLANTED_ERRORS = {
         LQR, "[evader, jnp.zeros(2), pursuer, jnp.zeros(2)]",
         "[evader, pursuer, jnp.zeros(4)]", "test_the_lqr_numbers"),
     "LQR chases where the evader will be": (
-        LQR, "px + pvx * dt - ex,", "px + pvx * dt - ex - evx * dt,", "test_the_lqr_pursuer_minimises_its_cost"),
+        LQR, "px + pvx * ahead - ex,", "px + pvx * ahead - ex - evx * dt,", "test_the_lqr_pursuer_minimises_its_cost"),
     "LQR flees": (LQR, "(-sum(g * e", "(sum(g * e", "test_the_lqr_numbers"),
     "LQR gain transposed": (
         LQR, "[[d, -b12], [-b21, a]]", "[[a, -b12], [-b21, d]]", "test_the_lqr_pursuer_minimises_its_cost"),
+    "LQR axes exchanged": (
+        LQR, "q.reshape(2, 2).T)", "q.reshape(2, 2))", "test_the_lqr_pursuer_of_infinite_horizon"),
+    "LQR of infinite horizon looks ahead": (
+        LQR, "0.0 if self.infinite_horizon else self.dt", "self.dt", "test_the_lqr_pursuer_of_infinite_horizon"),
+    "LQR of infinite horizon, control for free": (
+        LQR, "r[:, None, None]", "0.01 * r[:, None, None]", "test_the_lqr_pursuer_of_infinite_horizon"),
     "LQR cost sign": (LQR, "return -((x[0] - x[4]) ** 2) - (", "return (x[0] - x[4]) ** 2 + (", "test_the_lqr_numbers"),
     "pendulum semi-implicit": (
         PENDULUM, "angle + self.dt * spin, spin",
@@ -234,6 +241,26 @@ def test_the_lqr_pursuer_minimises_its_cost():
     expected = np.linalg.solve(full[1] + b.T @ full[0] @ b, b.T @ full[0])
     np.testing.assert_allclose(env.gain(*map(jnp.float32, full)), expected, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(env.gain_error(1.1 * env.gain_of(env.truth), env.truth), 0.1, rtol=1e-4)
+
+
+def test_the_lqr_pursuer_of_infinite_horizon():
+    """Against SciPy, for diagonal and for full matrices; the gap alone is fed back."""
+    env, state = start("pursuit_evasion_lqr", q=(10.0, 8.0, 1.0, 2.0), r=(0.1, 0.3), infinite_horizon=True)
+    a = np.kron([[1, 0.1], [0, 1]], np.eye(2))
+    b = np.kron([[0.005], [0.1]], np.eye(2))
+
+    def gain(q, r):
+        p = scipy.linalg.solve_discrete_are(a, b, q, r)
+        return np.linalg.solve(r + b.T @ p @ b, b.T @ p @ a)
+
+    diagonal = gain(np.diag([10.0, 8.0, 1.0, 2.0]), np.diag([0.1, 0.3]))
+    np.testing.assert_allclose(env.gain_of(env.truth), diagonal, rtol=1e-3, atol=1e-5)
+    half = np.random.default_rng(0).normal(size=(4, 4)) + 2 * np.eye(4)
+    full = half @ half.T, np.array([[0.4, 0.1], [0.1, 0.3]])
+    np.testing.assert_allclose(env.gain(*map(jnp.float32, full)), gain(*full), rtol=1e-3, atol=1e-3)
+    x, u = np.asarray(state.x, np.float64), np.array([1.5, -0.5])
+    expected = np.concatenate([a @ x[:4] + b @ u, a @ x[4:] - b @ diagonal @ (x[4:] - x[:4])])
+    np.testing.assert_allclose(env.dynamics(env.truth, state.x, jnp.float32(u)), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_the_lqr_numbers():

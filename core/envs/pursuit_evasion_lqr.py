@@ -2,6 +2,7 @@
 
     x = (p_e, v_e, p_p, v_p), both double integrators:   p' = p + v·dt + ½ a·dt²,   v' = v + a·dt
     a_p = argmin_u |A x_p + B u − x_e|²_Q + |u|²_R = −G (A x_p − x_e),   G = (R + BᵀQB)⁻¹ BᵀQ          gain
+    a_p = −G (x_p − x_e) of the regulator of infinite horizon for the same A, B, Q, R, if `infinite_horizon`
     cost = −|p_e − p_p|² + 10 |u|² + |p_e|²,   terminal −|p_e − p_p|²
 
 Hidden are the logarithms of the diagonals of Q (4) and R (2). They act through G [2, 4] alone: at most 4 of the 6 (8 of
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from core import riccati
 from core.envs import hidden, particles
 from core.envs.interface import Box
 from core.render import BLUE, GREY, REDS, Circle, Scene
@@ -37,6 +39,7 @@ class Env:
     max_accel: float = 2.0  # of the evader; the pursuer has no limit
     half_width: float = 10.0
     control_weight: float = 10.0
+    infinite_horizon: bool = False
     dt: float = 0.1
     max_steps: int = 250
     spread: float = 1.0
@@ -78,8 +81,8 @@ class Env:
     def pursue(self, gain: jax.Array, x: jax.Array, action: jax.Array) -> jax.Array:
         """gain [2, 4], x [8], action [2] -> x [8]; in scalars, so that a population of x makes vectors of them."""
         (ex, ey, evx, evy, px, py, pvx, pvy), (ux, uy) = x, action
-        dt, half = self.dt, 0.5 * self.dt**2
-        gap = (px + pvx * dt - ex, py + pvy * dt - ey, pvx - evx, pvy - evy)
+        dt, half, ahead = self.dt, 0.5 * self.dt**2, 0.0 if self.infinite_horizon else self.dt
+        gap = (px + pvx * ahead - ex, py + pvy * ahead - ey, pvx - evx, pvy - evy)
         ax, ay = (-sum(g * e for g, e in zip(row, gap, strict=True)) for row in gain)
         return jnp.stack([
             ex + evx * dt + half * ux, ey + evy * dt + half * uy, evx + ux * dt, evy + uy * dt,
@@ -88,13 +91,24 @@ class Env:
     def gain_of(self, params: Params) -> jax.Array:
         """[2, 4]. `gain` for diagonal Q and R, where the two axes are apart."""
         q, r = jnp.exp(params.log_q), jnp.exp(params.log_r)
+        if self.infinite_horizon:
+            Q, (A, B) = jax.vmap(jnp.diag)(q.reshape(2, 2).T), self.axis
+            position, velocity = jax.vmap(riccati.gain, (None, None, 0, 0))(A, B, Q, r[:, None, None])[:, 0].T
+            return jnp.concatenate([jnp.diag(position), jnp.diag(velocity)], axis=1)
         position, velocity = 0.5 * self.dt**2 * q[:2], self.dt * q[2:]  # BᵀQ
         scale = r + 0.5 * self.dt**2 * position + self.dt * velocity  # R + BᵀQB
         return jnp.concatenate([jnp.diag(position / scale), jnp.diag(velocity / scale)], axis=1)
 
+    @property
+    def axis(self) -> tuple[np.ndarray, np.ndarray]:
+        """A [2, 2] and B [2, 1] of position and velocity along one axis."""
+        return np.float32([[1, self.dt], [0, 1]]), np.float32([[0.5 * self.dt**2], [self.dt]])
+
     def gain(self, q: jax.Array, r: jax.Array) -> jax.Array:
-        """(R + BᵀQB)⁻¹ BᵀQ for any Q [4, 4] and R [2, 2] -> [2, 4]."""
-        b = np.concatenate([0.5 * self.dt**2 * np.eye(2), self.dt * np.eye(2)]).astype(np.float32)
+        """G for any Q [4, 4] and R [2, 2] -> [2, 4]."""
+        A, b = (np.kron(matrix, np.eye(2, dtype=np.float32)) for matrix in self.axis)
+        if self.infinite_horizon:
+            return riccati.gain(A, b, q, r)
         ((a, b12), (b21, d)), btq = r + b.T @ q @ b, b.T @ q
         return jnp.array([[d, -b12], [-b21, a]]) @ btq / (a * d - b12 * b21)
 
