@@ -5,5 +5,5 @@ from algorithms import ekf_lqr
 def get_config():
     config = ekf_lqr.get_config()
     config.env_kwargs = dict(infinite_horizon=True, process_noise=0.0)
-    config.update(about="cost", prior_var=9.0, num_linearizations=8)
+    config.update(about="cost", prior_var=25.0, num_linearizations=8)
     return config

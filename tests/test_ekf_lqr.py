@@ -10,31 +10,46 @@ from algorithms import ekf_lqr
 from core.envs import make_env
 
 EKF_LQR = "algorithms/ekf_lqr.py"
-PLANTED_ERRORS = {
-    "information is a cost": (EKF_LQR, "total - config.info_weight * nats", "total + config.info_weight * nats"),
-    "information unweighted": (EKF_LQR, "total - config.info_weight * nats", "total - nats"),
-    "independent is joint": (EKF_LQR, 'cov if explore == "independent" else left', "left"),
-    "joint is independent": (EKF_LQR, 'cov if explore == "independent" else left', "cov"),
-    "terminal cost forgotten": (EKF_LQR, "return total + jax.vmap(single.terminal_cost, -1)(x)", "return total"),
+FILM, EPISODE, DRIFT, RIDGE = (
+    "test_what_is_filmed_is_the_belief_pushed_through_the_plan",
+    "test_an_episode_starts_with_a_fresh_belief_and_plan_and_its_end_is_learnt_from",
+    "test_drift_is_added_before_every_step", "test_the_belief_about_a_linear_system_is_ridge_regression")
+PLANTED_ERRORS = {  # and the test that has to notice
+    "information is a cost": (EKF_LQR, "total - config.info_weight * nats", "total + config.info_weight * nats",
+        "test_objective_is_the_equation[gain-joint]"),
+    "information unweighted": (EKF_LQR, "total - config.info_weight * nats", "total - nats",
+        "test_objective_is_the_equation[gain-joint]"),
+    "independent is joint": (EKF_LQR, 'cov if explore == "independent" else left', "left",
+        "test_objective_is_the_equation[gain-independent]"),
+    "joint is independent": (EKF_LQR, 'cov if explore == "independent" else left', "cov",
+        "test_objective_is_the_equation[gain-joint]"),
+    "terminal cost forgotten": (EKF_LQR, "return total + jax.vmap(single.terminal_cost, -1)(x)", "return total",
+        "test_objective_is_the_equation[gain-none]"),
     "cost of the wrong state": (EKF_LQR, "jax.vmap(single.cost, (-1, 0, -1))(x, action, next_x)",
-                                "jax.vmap(single.cost, (-1, 0, -1))(next_x, action, next_x)"),
-    "perfect knowledge plans with the belief": (EKF_LQR, "if perfect else", "if False else"),
-    "the frozen learn": (EKF_LQR, 'if config.knowledge != "belief":', 'if config.knowledge == "perfect":'),
+        "jax.vmap(single.cost, (-1, 0, -1))(next_x, action, next_x)", "test_objective_is_the_equation[gain-none]"),
+    "perfect knowledge plans with the belief": (EKF_LQR, "if perfect else", "if False else",
+        "test_perfect_knowledge_plans_with_the_truth"),
+    "the frozen learn": (EKF_LQR, 'if config.knowledge != "belief":', 'if config.knowledge == "perfect":',
+        "test_only_the_belief_learns"),
     "learns from the reset observation": (EKF_LQR, "(run.belief, run.obs, action, step.next_obs, t)",
-                                          "(run.belief, run.obs, action, step.obs, t)"),
-    "belief survives the episode": (EKF_LQR, "jax.tree.map(functools.partial(where, ended(step)), fresh(env, config), ",
-                                    "jax.tree.map(lambda new, old: old, fresh(env, config), "),
-    "no drift": (EKF_LQR, "belief.predict(noise=noise)", "belief"),
-    "drift does not decay": (EKF_LQR, "config.drift_var * config.drift_decay**t", "config.drift_var"),
-    "R of one": (EKF_LQR, "R = jnp.full(x.shape, config.obs_var)", "R = jnp.ones(x.shape)"),
-    "belief's parameters for φ's": (EKF_LQR, "jacobian @ belief.cov @ jacobian.T", "jacobian @ jacobian.T"),
-    "return forgets the newest reward": (EKF_LQR, '{"return": total + step.reward}', '{"return": total}'),
-    "film of another plan": (EKF_LQR, "(run.belief, run.plan.mean, run", "(run.belief, 0 * run.plan.mean, run"),
+        "(run.belief, run.obs, action, step.obs, t)", EPISODE),
+    "belief survives the episode": (EKF_LQR,
+        "jax.tree.map(functools.partial(where, ended(step)), fresh(env, config), ",
+        "jax.tree.map(lambda new, old: old, fresh(env, config), ", EPISODE),
+    "no drift": (EKF_LQR, "belief.predict(noise=noise)", "belief", DRIFT),
+    "drift does not decay": (EKF_LQR, "config.drift_var * config.drift_decay**t", "config.drift_var", DRIFT),
+    "R of one": (EKF_LQR, "R = jnp.full(x.shape, config.obs_var)", "R = jnp.ones(x.shape)", RIDGE),
+    "belief's parameters for φ's": (EKF_LQR, "jacobian @ belief.cov @ jacobian.T", "jacobian @ jacobian.T",
+        "test_objective_is_the_equation[cost-joint]"),
+    "return forgets the newest reward": (EKF_LQR, '{"return": total + step.reward}', '{"return": total}',
+        "test_the_return_is_the_sum_of_rewards"),
+    "film of another plan": (EKF_LQR, "(run.belief, run.plan.mean, run", "(run.belief, 0 * run.plan.mean, run", FILM),
     "film of variances alone": (EKF_LQR, "cov[jnp.ix_(*[jnp.array(ij)] * 2)]",
-                                "jnp.diag(cov[jnp.array(ij), jnp.array(ij)])"),
-    "film of the belief, not its error": (EKF_LQR, "(error[jnp.array(ij)], cov", "(phi[jnp.array(ij)], cov"),
-    "film of a shrunken cloud": (EKF_LQR, '"hip,pq,hjq->hij", J, cov, J', '"hip,pq,hjq->hij", J, cov @ cov, J'),
-    "prior of one": (EKF_LQR, "model_of(env, config).guess, config.prior_var)", "model_of(env, config).guess, 1.0)"),
+        "jnp.diag(cov[jnp.array(ij), jnp.array(ij)])", FILM),
+    "film of the belief, not its error": (EKF_LQR, "(error[jnp.array(ij)], cov", "(phi[jnp.array(ij)], cov", FILM),
+    "film of a shrunken cloud": (EKF_LQR, '"hip,pq,hjq->hij", J, cov, J', '"hip,pq,hjq->hij", J, cov @ cov, J', FILM),
+    "prior of one": (EKF_LQR, "model_of(env, config).guess, config.prior_var)", "model_of(env, config).guess, 1.0)",
+        RIDGE),
 }
 
 SMALL = dict(num_steps=4, horizon=5, num_samples=24, num_elites=6, kept_elites=2, num_iterations=1)
@@ -159,14 +174,17 @@ def test_drift_is_added_before_every_step():
     np.testing.assert_allclose(run.belief.var, 0.5 + 0.1 + 0.05 + 0.04, rtol=1e-4)
 
 
-@pytest.mark.parametrize("about, settings", [("gain", {}), ("cost", dict(prior_var=9.0, num_linearizations=8))])
+@pytest.mark.parametrize("about, settings", [
+    ("gain", {}), ("cost", dict(prior_var=9.0, num_linearizations=8)),
+    pytest.param("cost", dict(env_kwargs=dict(infinite_horizon=True), prior_var=25.0, num_linearizations=8),
+                 marks=pytest.mark.slow)])
 def test_the_gain_is_learnt(about, settings):
     env, config = make(about=about, actions="random", num_steps=50, num_envs=4, **settings)
     run = advance(env, config, 4)
     gain = jax.vmap(lambda belief: ekf_lqr.model_of(env, config).phi(belief.params))(run.belief)
     error = jax.vmap(env.env.gain_error)(gain, run.env_state.env.params).mean()
     assert run.measures["gain_error"] == pytest.approx(float(error), rel=1e-5)
-    assert error < (0.15 if about == "gain" else 0.4)
+    assert error < (0.15 if about == "gain" or env.env.infinite_horizon else 0.4)
 
 
 def test_only_the_belief_learns():
