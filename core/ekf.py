@@ -201,20 +201,48 @@ def update(
 
     `obs` [..., d] with leading axes is a batch with independent v, linearised together and absorbed as one observation.
     With `num_iterations` > 1 (iterated EKF, Bell & Cathey, 1993) h is linearised again at the new mean m_i, and the
-    *prior* conditioned again on y − h(m_i) − H_i (m⁻ − m_i): the observation counts once.
+    *prior* conditioned again on y − h(m_i) − H_i (m⁻ − m_i): the observation counts once. Each of these Gauss-Newton
+    steps is halved until it lowers what it is to minimise, |y − h(m)|²_R⁻¹ + |m − m⁻|²_P⁻¹; with a linear h none is.
     """
     R = stack_noise(R, obs.size // R.shape[0])
-    point, infos = belief.mean, []
-    for _ in range(num_iterations):
+    obs, prior = obs.reshape(-1), belief.mean
+
+    def gauss_newton(point):
         pred, H = linearize(h, belief, point)
-        posterior, info = condition(belief, H, obs.reshape(-1) - pred - H @ (belief.mean - point), R)
-        point = posterior.mean
-        infos.append(info)
-    return posterior, infos[0]
+        return solve(belief, H, obs - pred - H @ (prior - point), R)
+
+    posterior, info, pull = gauss_newton(prior)
+    if num_iterations == 1:
+        return posterior, info
+
+    def cost(mean, pull):  # pull = P⁻¹ (mean − prior)
+        residual, _ = whiten(R, obs - h(belief.unravel(mean)).reshape(-1))
+        return residual @ residual + pull @ (mean - prior)
+
+    def shorten(start, end):
+        step = jnp.append(0.5 ** jnp.arange(8), 0.0).astype(prior.dtype)
+        points = jax.tree.map(lambda a, b: a[None] + step[:, None] * (b - a)[None], start, end)
+        costs = jax.vmap(cost)(*points)
+        best = jnp.argmin(jnp.where(jnp.isnan(costs), jnp.inf, costs))
+        return jax.tree.map(lambda x: x[best], points)
+
+    def again(_, carry):
+        point, _ = carry
+        posterior, _, pull = gauss_newton(point[0])
+        return shorten(point, (posterior.mean, pull)), posterior
+
+    start = shorten((prior, jnp.zeros_like(prior)), (posterior.mean, pull))
+    (mean, _), posterior = jax.lax.fori_loop(1, num_iterations, again, (start, posterior))
+    return posterior.replace(mean=mean), info
 
 
 def condition(belief: Belief, H: jax.Array, innovation: jax.Array, R: jax.Array) -> tuple[Belief, Info]:
     """The update for known H [d, n] and innovation [d]: a linear model needs no more."""
+    return solve(belief, H, innovation, R)[:2]
+
+
+def solve(belief: Belief, H: jax.Array, innovation: jax.Array, R: jax.Array) -> tuple[Belief, Info, jax.Array]:
+    """`condition`, and H' S⁻¹ ν [n] = P⁻¹ (m⁺ − m⁻), with S = H P H' + R."""
     d, n = H.shape
     white, log_std = whiten(R, jnp.concatenate([H, innovation[:, None]], axis=1))
     H, nu = white[:, :n], white[:, n:]
@@ -224,7 +252,7 @@ def condition(belief: Belief, H: jax.Array, innovation: jax.Array, R: jax.Array)
     information, nis = 0.5 * jnp.log1p(excess).sum(), z @ z
     info = Info(innovation, nis, -0.5 * (nis + d * math.log(2 * math.pi)) - information - log_std, information)
     posterior = belief.shrink(H, W, root.T @ W)
-    return posterior.replace(mean=belief.mean + z @ W), info
+    return posterior.replace(mean=belief.mean + z @ W), info, z @ root @ H
 
 
 def adapt_R(R: jax.Array, posterior: Belief, h: Callable[[Any], jax.Array], obs: jax.Array, rate: float) -> jax.Array:
