@@ -16,8 +16,8 @@ from core.errors import UserError
 from launchers import runs
 
 ROOT = pathlib.Path(__file__).parents[1]
-RUNS, VISUALIZE, EKF, RENDER, EKF_LQR = (
-    "launchers/runs.py", "launchers/visualize.py", "core/ekf.py", "core/render.py", "algorithms/ekf_lqr.py")
+RUNS, VISUALIZE, EKF, RENDER, TRAIN = (
+    "launchers/runs.py", "launchers/visualize.py", "core/ekf.py", "core/render.py", "launchers/train.py")
 AGAIN = "test_a_run_is_computed_again_bit_for_bit"
 PLANTED_ERRORS = {
     "replay from other keys": (RUNS, "jax.random.fold_in(jax.random.key(seed), 1), i)",
@@ -41,8 +41,10 @@ PLANTED_ERRORS = {
     "steps not heeded": (VISUALIZE, "(FLAGS.steps or len(runs.obs)) + 1", "len(runs.obs) + 1",
                          "test_the_first_episode_is_filmed"),
     "nothing in the arena": (VISUALIZE, "range(4, len(mean), 5)", "range(0)", "test_the_first_episode_is_filmed"),
-    "the belief is lost on resume": (EKF_LQR, "(run.belief, run.obs, action, step.next_obs, t)",
-                                     "(fresh(env, config)[0], run.obs, action, step.next_obs, t)", AGAIN),
+    "the belief is lost on resume": (
+        TRAIN, "run, meta = checkpoint.restore_newest(folder, run)",
+        "belief, (run, meta) = run.belief, checkpoint.restore_newest(folder, run); run = run._replace(belief=belief)",
+        "test_killed_within_an_episode_and_resumed_it_is_the_same_run"),
     "one colour for all": (RENDER, "PALETTE[i % len(PALETTE)]", "PALETTE[0]",
                            "test_gaussians_lie_around_their_cross"),
     "one deviation": (RENDER, "deviations: float = 2.0", "deviations: float = 1.0",
