@@ -4,9 +4,16 @@ BIN = .venv/bin
 
 .PHONY: demo test slow errors lint clean
 
+# Dual control of 32 pursuers with hidden costs: told the truth, learning from what they see, and acting to learn.
+demo: RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
+demo: PURSUIT = $(BIN)/python -m launchers.train --config=configs/ekf_lqr_pursuit.py --num_seeds=32 --devices=2
 demo: .venv/ready
-	$(BIN)/python -m launchers.train --config=configs/ppo_cartpole.py --num_seeds=16 --devices=2 \
-	  --workdir=runs/demo-$$(date +%Y%m%d-%H%M%S)
+	$(PURSUIT) --workdir=$(RUN)/perfect --config.knowledge=perfect
+	$(PURSUIT) --workdir=$(RUN)/passive
+	$(PURSUIT) --workdir=$(RUN)/active --config.explore=independent --config.info_weight=5
+	$(BIN)/python -m launchers.compare --runs=$(RUN)/perfect,$(RUN)/passive,$(RUN)/active
+	$(BIN)/python -m launchers.visualize --run=$(RUN)/active --against=$(RUN)/perfect \
+	  --out=$(RUN)/active.gif --figure=$(RUN)/active.png
 
 test: .venv/ready
 	$(BIN)/ruff check .

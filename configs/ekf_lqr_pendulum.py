@@ -1,4 +1,4 @@
-"""Dual control of a pendulum too weak to be lifted at once, damping and inertia unknown: it learns while it swings up."""
+"""Dual control of a pendulum too weak to be lifted at once, its damping and inertia unknown."""
 from algorithms import ekf_lqr
 
 
