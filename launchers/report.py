@@ -36,22 +36,26 @@ def adopt(folder):
 
 
 def table():
-    lines = ["| method | paper | file | lines | task | score: IQM [95% CI], seeds | env steps | wall-clock | command |",
-             "|---|---|---|--:|---|---|--:|---|---|"]
+    columns = "method", "paper", "file", "lines", "task", "return: IQM [95% CI]", "seeds", "env steps", "wall-clock"
+    lines = [f"| {' | '.join(columns)} | command |", "|---|---|---|--:|---|---|--:|--:|---|---|"]
     for path in sorted(RESULTS.glob("*.json")):
         row = json.loads(path.read_text())
         source = (cli.ROOT / "algorithms" / f"{row['algorithm']}.py").read_text()
-        title = ast.get_docstring(ast.parse(source)).splitlines()[0]
-        paper = re.search(r"arXiv:([\d.]+\d)", title)
+        opening = ast.get_docstring(ast.parse(source)).split("\n\n")[0]
+        paper = re.search(r"arXiv:([\d.]+\d)", opening)
         link = f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})" if paper else "–"
-        final, (low, high) = row["final"], row["final"]["ci95"]
+        errors = [f"; {k.replace('_', ' ')} {score(row[k])}" for k in row if k.endswith("_error")]
         clock = row["train_seconds"] + row["compile_seconds"]
         lines.append("| " + " | ".join([
-            re.split(r" \(|,", title)[0], link, f"[{row['algorithm']}.py](algorithms/{row['algorithm']}.py)",
+            re.split(r" \(|,|:", opening)[0], link, f"[{row['algorithm']}.py](algorithms/{row['algorithm']}.py)",
             str(len(source.splitlines())), row["env"],
-            f"**{final['iqm']:.4g}** [{low:.4g}, {high:.4g}], {len(row['seeds'])}", f"{row['env_steps']:,}",
+            f"{score(row['final'])}{''.join(errors)}", str(len(row["seeds"])), f"{row['env_steps']:,}",
             f"{clock:.0f} s", f"`{row['command']}`"]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def score(summary):
+    return f"**{summary['iqm']:.4g}** [{summary['ci95'][0]:.4g}, {summary['ci95'][1]:.4g}]"
 
 
 def main(_):

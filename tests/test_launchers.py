@@ -261,4 +261,14 @@ def test_a_copied_file_trains_itself(launch, tmp_path):
     shutil.copy(tmp_path / "algorithms/ppo.py", tmp_path / "algorithms/mine.py")
     run = launch("train", "--config=algorithms/mine.py", "--smoke", "--workdir=run", cwd=tmp_path)
     assert run.returncode == 0, run.error
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["algorithm"] == "mine"
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["algorithm"] == "mine"
+
+    begin, end = "<!-- results: written by launchers.report -->\n", "<!-- end of results -->\n"
+    (tmp_path / "README.md").write_text(f"before\n{begin}old\n{end}after\n")
+    assert launch("report", "--run=run", cwd=tmp_path).returncode == 0
+    before, after = (tmp_path / "README.md").read_text().split(begin)
+    rows, after = after.split(end)
+    mine = next(row for row in rows.splitlines() if "mine.py" in row)
+    assert before == "before\n" and after == "after\n" and "old" not in rows
+    assert f"**{summary['final']['iqm']:.4g}**" in mine and "--config=algorithms/mine.py" in mine
