@@ -26,7 +26,7 @@ PLANTED_ERRORS = {  # and the test that has to notice
                                  "test_chunks_change_nothing"),
     "seeds share their keys": (TRAIN, "jax.random.fold_in(jax.random.key(seed), 1)",
                                "jax.random.fold_in(jax.random.key(0), 1)",
-                               "test_seeds_of_one_program_are_the_seeds_run_solo"),
+                               "test_every_seed_and_iteration_has_a_key_of_its_own"),
     "resume starts over": (TRAIN, "i, seconds, row = meta[\"iteration\"]", "i, seconds, row = 0", KILLED),
     "restored arrays thrown away": (TRAIN, "run, meta = checkpoint.restore_newest(folder, run)",
                                     "_, meta = checkpoint.restore_newest(folder, run)", KILLED),
@@ -149,6 +149,30 @@ def test_killed_before_its_summary_a_run_gets_it_on_resume(uninterrupted, launch
 def test_seeds_of_one_program_are_the_seeds_run_solo(uninterrupted, launch, tmp_path):
     assert launch("train", *TINY, "--seed=1", f"--workdir={tmp_path}").returncode == 0
     assert_close(tmp_path, uninterrupted, seed="1")
+
+
+def test_every_seed_and_iteration_has_a_key_of_its_own():
+    """In a process of its own: two launchers cannot be imported into one, their flags have the same names."""
+    script = """if True:
+        import jax, ml_collections, numpy as np
+        from types import SimpleNamespace
+        from launchers import train
+
+        train.FLAGS.mark_as_parsed()
+        algorithm = SimpleNamespace(
+            init=lambda key, env, config: jax.random.uniform(key), measure=None,
+            train_step=lambda run, key, env, config: (run, dict(noise=jax.random.uniform(key))))
+        config = ml_collections.FrozenConfigDict(dict(env="pursuit_evasion", num_envs=1))
+        programs, seeds = train.build(algorithm, config, 2), np.array([3, 4])
+        run = programs.init(seeds)
+        got = [programs.train(run, programs.zeros(run), seeds, i, i + 1)[1][0]["noise"] for i in range(2)]
+        fold = jax.random.fold_in
+        want = [[jax.random.uniform(fold(fold(jax.random.key(s), 1), i)) for s in (3, 4)] for i in range(2)]
+        np.testing.assert_array_equal(got, want)
+        assert len(np.unique([*got, run])) == 6
+        """
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_one_device_and_four_agree(uninterrupted, launch, tmp_path):
