@@ -21,7 +21,7 @@ PLANTED_ERRORS = {
         "test_iterations_do_not_count_an_observation_twice"),
     "iterated innovation without the shift": (
         "core/ekf.py", " - H @ (prior - point), R)", ", R)",
-        "test_iterations_do_not_count_an_observation_twice"),
+        "test_iterated_update_finds_the_maximum_a_posteriori"),
     "Gauss-Newton steps not halved": (
         "core/ekf.py", "0.5 ** jnp.arange(8)", "jnp.ones(8)",
         "test_a_sharply_bent_observation_is_iterated_to_its_maximum_too"),
@@ -229,7 +229,8 @@ def test_positive_definite_after_1e5_float32_steps(n, d, rank, r, prior, forgett
 
     belief = ekf.Full.create(jnp.zeros(n), prior)
     keys = jax.random.split(jax.random.key(0), 100_000)
-    belief, _ = jax.jit(lambda belief, keys: jax.lax.scan(step, belief, keys))(belief, keys)
+    as_in_a_run = {"xla_backend_optimization_level": 3}  # rounding is what this is about, and it is the compiler's
+    belief, _ = jax.jit(functools.partial(jax.lax.scan, step), compiler_options=as_in_a_run)(belief, keys)
     cov = np.asarray(belief.cov, np.float64)
     np.testing.assert_array_equal(cov, cov.T)
     assert np.linalg.eigvalsh(cov)[0] > 0.0
