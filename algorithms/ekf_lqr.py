@@ -35,6 +35,7 @@ from jax.flatten_util import ravel_pytree
 from core import ekf, planning
 from core.envs.batch import where
 from core.envs.pursuit_evasion_lqr import Params
+from core.errors import UserError
 from core.evaluation import ended
 
 
@@ -101,7 +102,14 @@ class Run(NamedTuple):
     measures: dict  # of the last step
 
 
+CHOICES = dict(knowledge=("belief", "frozen", "perfect"), about=("params", "gain", "cost"),
+               explore=("none", "independent", "joint", "task"), actions=("plan", "random"))
+
+
 def init(key, env, config):
+    for name, known in CHOICES.items():
+        if config[name] not in known:
+            raise UserError(f'{name} = "{config[name]}" is none of {", ".join(known)}')
     env_state, obs = env.reset(key)
     belief, plan = fresh(env, config)
     nothing = {k: jnp.float32(0) for k in ("return", error_name(config), "variance")}

@@ -24,7 +24,8 @@ def run(main):
         except UserError as error:
             sys.exit(_fail(str(error)))
         except OSError as error:
-            sys.exit(_fail(f"{error.filename or 'writing'}: {error.strerror or error}"))
+            words = f"{error.filename or 'writing'}: {error.strerror or error}"
+            sys.exit(_fail(" ".join(words.split())))
 
     app.run(guarded, flags_parser=_parse)
 

@@ -175,6 +175,10 @@ def start():
     """The devices and the processes of this run; its config."""
     if FLAGS.config is None:
         raise UserError("say what to train: --config=configs/….py or --config=algorithms/….py")
+    name = config_flags.get_config_filename(FLAGS["config"]).split(":")[0]
+    if not pathlib.Path(name).exists():
+        known = [f"{path.parent.name}/{path.name}" for path in cli.ROOT.glob("*/*.py") if path.stem != "__init__"]
+        raise UserError(f"no config {name}; {cli.suggest(name, known)}")
     if FLAGS.devices > 1:
         jax.config.update("jax_num_cpu_devices", FLAGS.devices)
     if FLAGS.coordinator:

@@ -229,6 +229,16 @@ def test_a_mistake_is_one_line_and_leaves_nothing(name, launch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("args, culprit", [
+    (["--config=configs/ppo_cartpol.py"], "configs/ppo_cartpole.py"),
+    (["--config=configs/ekf_lqr_pursuit.py", "--config.explore=joynt"], '"joynt" is none of none, independent'),
+])
+def test_what_a_config_says_may_be_a_mistake_too(args, culprit, launch, tmp_path):
+    run = launch("train", *args, f"--workdir={tmp_path / 'run'}")
+    assert run.returncode == 2 and len(run.error.strip().splitlines()) == 1 and culprit in run.error, run.error
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_with_another_run_is_a_mistake(uninterrupted, launch):
     before = {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*")}
     again = launch("train", *TINY, "--num_seeds=2", f"--workdir={uninterrupted}")
