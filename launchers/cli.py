@@ -24,8 +24,7 @@ def run(main):
         except UserError as error:
             sys.exit(_fail(str(error)))
         except OSError as error:
-            words = f"{error.filename or 'writing'}: {error.strerror or error}"
-            sys.exit(_fail(" ".join(words.split())))
+            sys.exit(_fail(f"{error.filename or 'writing'}: {error.strerror or error}"))
 
     app.run(guarded, flags_parser=_parse)
 
