@@ -12,9 +12,9 @@ import scipy.optimize
 from core import planning
 from core.envs import Batch, cartpole_swingup, hidden, unicycle_pursuit
 
-NAMES = ["cartpole_swingup", "damped_pendulum", "linear_tracking", "merging_idm", "planar_drone_wind",
-         "pursuit_evasion_lqr", "unicycle_pursuit"]
-CARTPOLE, PENDULUM, LINEAR, MERGING, DRONE, LQR, UNICYCLE = [f"core/envs/{name}.py" for name in NAMES]
+NAMES = ["cartpole_balance", "cartpole_swingup", "damped_pendulum", "linear_tracking", "merging_idm",
+         "planar_drone_wind", "pursuit_evasion_lqr", "unicycle_pursuit"]
+BALANCE, CARTPOLE, PENDULUM, LINEAR, MERGING, DRONE, LQR, UNICYCLE = [f"core/envs/{name}.py" for name in NAMES]
 HIDDEN = "core/envs/hidden.py"
 PLANTED_ERRORS = {
     "LQR velocities start at random": (
@@ -56,6 +56,22 @@ PLANTED_ERRORS = {
     "drone wind torque sign": (
         DRONE, "(wind_y * jnp.sin(x[2]) - wind_x", "(wind_y * jnp.sin(x[2]) + wind_x", "test_the_drone_numbers"),
     "drone explicit Euler": (DRONE, "x[:3] + self.dt * velocity", "x[:3] + self.dt * x[3:]", "test_the_drone_numbers"),
+    "balance is a point mass": (BALANCE, "4 / 3 - share", "1 - share", "test_the_balance_numbers"),
+    "balance centrifugal sign": (
+        BALANCE, "+ share * half * spin**2 * sin", "- share * half * spin**2 * sin", "test_the_balance_numbers"),
+    "balance force on the cart alone": (
+        BALANCE, "action[0] / (cart + pole)", "action[0] / cart", "test_the_balance_numbers"),
+    "balance pays after the fall": (
+        BALANCE, "-standing(next_x)", "-standing(x)", "test_the_balance_ends_where_it_falls"),
+    "balance in degrees": (BALANCE, "np.pi / 15", "12.0", "test_the_balance_ends_where_it_falls"),
+    "balance falls to one side": (
+        BALANCE, "(jnp.abs(angle) <", "(angle <", "test_the_balance_ends_where_it_falls"),
+    "balance rolls out of the rail": (
+        BALANCE, "(jnp.abs(position) < MAX_POSITION) & ", "", "test_the_balance_ends_where_it_falls"),
+    "balance a fall at the limit counted twice": (
+        BALANCE, "step.truncated & ~fallen", "step.truncated", "test_the_balance_ends_where_it_falls"),
+    "balance never ends": (
+        BALANCE, "terminated=fallen", "terminated=fallen & False", "test_the_balance_ends_where_it_falls"),
     "cart-pole coupling sign": (CARTPOLE, "-moment * cos", "moment * cos", "test_the_cartpole_numbers"),
     "cart-pole centrifugal sign": (
         CARTPOLE, "- moment * sin * spin**2", "+ moment * sin * spin**2", "test_the_cartpole_keeps_its_energy"),
@@ -408,6 +424,38 @@ def test_the_drone_numbers():
     np.testing.assert_allclose(env.terminal_cost(x), tracking, rtol=1e-5)
     np.testing.assert_allclose(env.cost(x, u, x), tracking + 0.85 + 1e8 * np.exp(-10), rtol=1e-5)
     np.testing.assert_allclose(np.exp(make("planar_drone_wind").guess.log_wind), 5, rtol=1e-5)
+
+
+# cartpole_balance
+
+def test_the_balance_numbers():
+    """The two equations as one linear system in the accelerations, float64."""
+    cart, pole, half, force = 1.5, 0.4, 0.7, 8.0
+    env = make("cartpole_balance", cart_mass=cart, pole_mass=pole, half_length=half, force=force)
+    dynamics = jax.jit(env.dynamics)
+    for x, u in (([0.3, -1.0, 0.9, 3.0], -0.6), ([0.0, 0.5, -2.5, -4.0], 1.0)):
+        _, speed, angle, spin = x
+        moment = pole * half
+        mass = [[cart + pole, moment * np.cos(angle)], [moment * np.cos(angle), 4 / 3 * moment * half]]
+        accel, turn = np.linalg.solve(mass, [force * u + moment * np.sin(angle) * spin**2,
+                                             moment * 9.8 * np.sin(angle)])
+        expected = np.array(x) + 0.02 * np.array([speed, accel, spin, turn])
+        np.testing.assert_allclose(dynamics(env.truth, jnp.float32(x), jnp.float32([u])), expected, rtol=2e-6)
+    np.testing.assert_allclose(np.exp(make("cartpole_balance").truth), [1, 0.1, 0.5, 10], rtol=1e-6)
+    starts = np.asarray(jax.vmap(env.start)(jax.random.split(jax.random.key(0), 1000)))
+    np.testing.assert_allclose([starts.min(0), starts.max(0)], [[-0.05] * 4, [0.05] * 4], atol=1e-3)
+
+
+@pytest.mark.parametrize("x, fallen", [
+    ([2.39, 0, 0, 0], False), ([2.39, 1, 0, 0], True), ([-2.39, -1, 0, 0], True), ([0, 0, 0.205, 0], False),
+    ([0, 0, 0.2, 1], True), ([0, 0, -0.2, -1], True), ([2.41, -1, 0, 0], False), ([0, 0, 0.22, -1], False)])
+def test_the_balance_ends_where_it_falls(x, fallen):
+    """Of the next state, on both sides, and never by the time limit too."""
+    env, step = make("cartpole_balance"), jax.jit(make("cartpole_balance").step)
+    state, _ = env.reset(jax.random.key(0))
+    for t in (0, 199):
+        _, last = step(jax.random.key(1), state._replace(x=jnp.float32(x), t=jnp.int32(t)), jnp.zeros(1))
+        assert (last.terminated, last.truncated, last.reward) == (fallen, t == 199 and not fallen, 1 - fallen)
 
 
 # cartpole_swingup
