@@ -15,7 +15,10 @@ from core.evaluation import evaluate
 
 gymnasium = pytest.importorskip("gymnasium")
 
-FILE = "core/envs/from_gymnasium.py"
+FILE, COSTS = "core/envs/from_gymnasium.py", "core/envs/mujoco_costs.py"
+PENDULUM, REACHER, CHEETAH, UNKNOWN = (
+    "test_the_planner_is_told_what_the_inverted_pendulum_pays", "test_the_planner_is_told_what_the_reacher_pays",
+    "test_the_planner_is_told_nearly_what_the_half_cheetah_pays", "test_a_cost_that_is_not_known_is_refused")
 PLANTED_ERRORS = {
     "successor is the reset observation": (FILE, "                step.obs[i], self.totals[i]",
                                            "                step.next_obs[i], self.totals[i]"),
@@ -36,6 +39,22 @@ PLANTED_ERRORS = {
     "lost episodes start as at first": (FILE, "self._reset(self.entropy, clock)", "self._reset(self.entropy)"),
     "lost episodes are terminations": (FILE, "next_obs=fresh, truncated=", "next_obs=fresh, terminated="),
     "clock stands": (FILE, "self.clock = clock + 1", "self.clock = clock"),
+    "pendulum falls later": (COSTS, "<= 0.2)", "<= 0.25)", PENDULUM),
+    "pendulum falls to one side": (COSTS, "jnp.abs(next_x[1])", "next_x[1]", PENDULUM),
+    "pendulum of the old state": (COSTS, "jnp.abs(next_x[1])", "jnp.abs(x[1])", PENDULUM),
+    "pendulum that is nowhere stands": (COSTS, "jnp.isfinite(next_x).all() & ", "", PENDULUM),
+    "pendulum pays for falling": (COSTS, "return -(jnp.isfinite", "return (jnp.isfinite", PENDULUM),
+    "reacher of the old state": (COSTS, "jnp.square(next_x[8:10])", "jnp.square(x[8:10])", REACHER),
+    "reacher's distance squared": (COSTS, "jnp.sqrt(jnp.square(next_x[8:10]).sum())",
+                                   "jnp.square(next_x[8:10]).sum()", REACHER),
+    "reacher moves for free": (COSTS, "sum()) + jnp.square(action).sum()", "sum())", REACHER),
+    "cheetah runs backwards": (COSTS, "- next_x[8]", "+ next_x[8]", CHEETAH),
+    "cheetah of the old state": (COSTS, "- next_x[8]", "- x[8]", CHEETAH),
+    "cheetah jumps": (COSTS, "- next_x[8]", "- next_x[9]", CHEETAH),
+    "cheetah's effort": (COSTS, "0.1 * jnp.square(action)", "1.0 * jnp.square(action)", CHEETAH),
+    "costs known whatever the settings": (FILE, ' and not kwargs.keys() - {"max_episode_steps"}', "", UNKNOWN),
+    "a time limit is a setting": (FILE, ' - {"max_episode_steps"}', "", REACHER),
+    "terminal cost": (FILE, "lambda x: jnp.zeros(())", "lambda x: jnp.ones(())", REACHER),
 }
 
 
@@ -192,6 +211,64 @@ def test_ppo_runs_on_the_host_as_anywhere():
     assert int(run.env_state.clock) == env.clock == 3 * config.num_steps
     again = train(jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, run, again)
+
+
+def rewards(name, steps):
+    """(T, E): what random steps pay, what a planner is told, and whether they end the episode."""
+    pytest.importorskip("mujoco")
+    env = make_env(f"gymnasium/{name}", 2, max_episode_steps=steps // 2)
+    low, high = jnp.float32(env.action_space.low), jnp.float32(env.action_space.high)
+
+    def policy(t, obs):
+        shape = (2, low.size)
+        unit = jax.random.uniform(jax.random.fold_in(jax.random.key(7), t), shape)
+        return jnp.broadcast_to(low, shape) + unit * jnp.broadcast_to(high - low, shape)
+
+    obs, ts, _ = play(jax.random.key(0), env, policy, steps)
+    actions = jax.vmap(policy)(jnp.arange(steps), obs)
+    told = -jax.vmap(jax.vmap(env.env.cost))(obs, actions, ts.next_obs)
+    assert env.env.max_steps == steps // 2 and env.env.action_space == env.action_space
+    assert env.env.terminal_cost(obs[0, 0]) == 0 and told.dtype == jnp.float32
+    return np.asarray(ts.reward), np.asarray(told), np.asarray(ts.terminated)
+
+
+def test_the_planner_is_told_what_the_inverted_pendulum_pays():
+    paid, told, terminated = rewards("InvertedPendulum-v5", 200)
+    np.testing.assert_array_equal(told, paid)
+    np.testing.assert_array_equal(told, ~terminated)
+    assert terminated.sum() > 20
+    cost = make_env("gymnasium/InvertedPendulum-v5", 1).env.cost
+    nowhere = jnp.float32([jnp.nan, 0, 0, 0])
+    assert cost(nowhere, jnp.zeros(1), nowhere) == 0
+
+
+def test_the_planner_is_told_what_the_reacher_pays():
+    paid, told, _ = rewards("Reacher-v5", 200)
+    np.testing.assert_allclose(told, paid, rtol=1e-6, atol=1e-6)
+
+
+def test_the_planner_is_told_nearly_what_the_half_cheetah_pays():
+    """The speed at the end of a step is not its mean over the step, but the simulator's own."""
+    paid, told, _ = rewards("HalfCheetah-v5", 400)
+    np.testing.assert_allclose(told - paid, 0, atol=1.2)
+    assert np.std(told - paid) < 0.3 and abs(np.mean(told - paid)) < 0.02
+    env = gymnasium.make("HalfCheetah-v5").unwrapped
+    x, _ = env.reset(seed=0)
+    action = np.float32([1, -1, 0.5, 0, -0.5, 1])
+    for _ in range(5):
+        next_x, *_ = env.step(action)
+        cost = make_env("gymnasium/HalfCheetah-v5", 1).env.cost(*map(jnp.float32, (x, action, next_x)))
+        np.testing.assert_allclose(-cost, env.data.qvel[0] - 0.1 * 3.5, rtol=1e-5)
+        x = next_x
+
+
+def test_a_cost_that_is_not_known_is_refused():
+    x, action = jnp.zeros(4), jnp.zeros(1)
+    with pytest.raises(UserError, match='the cost of "gymnasium/CartPole-v1" is unknown; known to planners are Inv'):
+        jax.jit(make_env("gymnasium/CartPole-v1", 1).env.cost)(x, action, x)
+    pytest.importorskip("mujoco")
+    with pytest.raises(UserError, match='"gymnasium/HalfCheetah-v5" with {\'ctrl_cost_weight\': 0.0} is unknown'):
+        make_env("gymnasium/HalfCheetah-v5", 1, ctrl_cost_weight=0.0).env.cost(x, action, x)
 
 
 def test_mistakes_are_named(echo, monkeypatch):

@@ -18,8 +18,11 @@ The copies are stepped one after the other: Gymnasium's copies in processes were
 The simulator's state stays on the host, and a checkpoint does not hold it. After a resume, the first step of every copy
 ends in a time limit without reward that counts as no episode, and a fresh episode starts: a resumed run learns on, but
 is not bit-exact. Episodes are fixed by the key of `reset` and the actions taken.
+
+A planner finds in `env` what it finds in an environment of our own, where the cost is known (`mujoco_costs`).
 """
 import difflib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -28,7 +31,15 @@ import numpy as np
 from jax.experimental import io_callback
 
 from core.envs.interface import Box, Discrete, TimeStep
+from core.envs.mujoco_costs import COSTS
 from core.errors import UserError
+
+
+class HostEnv(NamedTuple):
+    cost: Callable  # x [O], action [A], next_x [O] -> []
+    terminal_cost: Callable  # x [O] -> []
+    max_steps: int
+    action_space: Box | Discrete
 
 
 class HostState(NamedTuple):
@@ -40,12 +51,14 @@ class HostBatch:
 
     def __init__(self, name: str, num_envs: int, **kwargs):
         self.envs, self.num_envs, self.clock = [_make(name, kwargs) for _ in range(num_envs)], num_envs, 0
-        self.env = self.envs[0]
-        self.max_steps = self.env.spec.max_episode_steps
+        simulator = self.envs[0]
+        self.max_steps = simulator.spec.max_episode_steps
         if self.max_steps is None:
             raise UserError(f'"gymnasium/{name}" has no time limit: set env_kwargs.max_episode_steps')
-        self.action_space, self.to_host = _actions(name, self.env.action_space)
-        obs, flag = _array(name, self.env.observation_space, num_envs), jax.ShapeDtypeStruct((num_envs,), bool)
+        self.action_space, self.to_host = _actions(name, simulator.action_space)
+        cost = _cost(name, simulator.spec.id, kwargs)
+        self.env = HostEnv(cost, lambda x: jnp.zeros(()), self.max_steps, self.action_space)
+        obs, flag = _array(name, simulator.observation_space, num_envs), jax.ShapeDtypeStruct((num_envs,), bool)
         number, length = (jax.ShapeDtypeStruct((num_envs,), dtype) for dtype in (np.float32, np.int32))
         episode = {"count": flag, "return": number, "length": length}
         self.shape = TimeStep(obs, obs, number, flag, flag, {"episode": episode})
@@ -107,6 +120,19 @@ def _make(name, kwargs):
         raise UserError(f'"gymnasium/{name}" needs {extra}') from error
     except TypeError as error:
         raise UserError(f'"gymnasium/{name}" with {kwargs}: {error}') from error
+
+
+def _cost(name, registered, kwargs):
+    """What is known of the environment as registered; settings of its own could change it."""
+    if registered in COSTS and not kwargs.keys() - {"max_episode_steps"}:
+        return COSTS[registered]
+
+    def unknown(x, action, next_x):
+        settings = f" with {kwargs}" if kwargs else ""
+        raise UserError(f'the cost of "gymnasium/{name}"{settings} is unknown; known to planners are {", ".join(COSTS)}'
+                        ", with no settings but max_episode_steps")
+
+    return unknown
 
 
 def _actions(name, space):
