@@ -35,7 +35,7 @@ from jax.flatten_util import ravel_pytree
 from core import ekf, planning
 from core.envs.batch import where
 from core.envs.pursuit_evasion_lqr import Params
-from core.errors import UserError
+from core.errors import check_choices
 from core.evaluation import ended
 
 
@@ -102,14 +102,9 @@ class Run(NamedTuple):
     measures: dict  # of the last step
 
 
-CHOICES = dict(knowledge=("belief", "frozen", "perfect"), about=("params", "gain", "cost"),
-               explore=("none", "independent", "joint", "task"), actions=("plan", "random"))
-
-
 def init(key, env, config):
-    for name, known in CHOICES.items():
-        if config[name] not in known:
-            raise UserError(f'{name} = "{config[name]}" is none of {", ".join(known)}')
+    check_choices(config, knowledge=("belief", "frozen", "perfect"), about=("params", "gain", "cost"),
+                  explore=("none", "independent", "joint", "task"), actions=("plan", "random"))
     env_state, obs = env.reset(key)
     belief, plan = fresh(env, config)
     nothing = {k: jnp.float32(0) for k in ("return", error_name(config), "variance")}
@@ -118,14 +113,9 @@ def init(key, env, config):
 
 def fresh(env, config):
     """The belief and the plan at the start of an episode, (E, ...)."""
-    low, high = bounds(env)
     start = (ekf.Full.create(model_of(env, config).guess, config.prior_var),
-             planning.initial_carry(low, high, config.horizon, config.kept_elites))
+             planning.initial_carry(*env.action_space.bounds, config.horizon, config.kept_elites))
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (env.num_envs, *x.shape)), start)
-
-
-def bounds(env):
-    return jnp.float32(env.action_space.low), jnp.float32(env.action_space.high)
 
 
 def objective(actions, x, phi, cov, task, explore, env, config):
@@ -159,7 +149,7 @@ def objective(actions, x, phi, cov, task, explore, env, config):
 
 def decide(key, belief, plan, x, truth, env, config):
     """The first action of the best plan found, and what the next search starts from. One environment."""
-    model, (low, high) = model_of(env, config), bounds(env)
+    model = model_of(env, config)
     perfect = config.knowledge == "perfect"
     mean, unravel = ravel_pytree(model.phi_of_truth(truth) if perfect else model.phi(belief.params))
     cov = cov_of_phi(belief, model)
@@ -167,7 +157,7 @@ def decide(key, belief, plan, x, truth, env, config):
     phi, explore = (mean, unravel), config.explore
     cost = functools.partial(objective, x=x, phi=phi, cov=cov, task=task, explore=explore, env=env, config=config)
     plan, action, _ = planning.icem(
-        key, cost, plan, low, high, num_samples=config.num_samples, num_elites=config.num_elites,
+        key, cost, plan, *env.action_space.bounds, num_samples=config.num_samples, num_elites=config.num_elites,
         num_iterations=config.num_iterations, init_std=config.init_std, noise_beta=config.noise_beta,
         decay=config.population_decay)
     return plan, action

@@ -58,6 +58,10 @@ class Box(NamedTuple):
         return jnp.float32
 
     @property
+    def bounds(self) -> tuple[jax.Array, jax.Array]:
+        return jnp.float32(self.low), jnp.float32(self.high)
+
+    @property
     def scale(self) -> tuple[np.ndarray, np.ndarray]:
         """(centre [A], half range [A]); 0 and 1 where there is no bound."""
         low, high = np.asarray(self.low, np.float32), np.asarray(self.high, np.float32)

@@ -1,0 +1,8 @@
+"""The cart-pole of PETS swung up from scratch: 200 random steps, then ten episodes; the score is of the last three."""
+from algorithms import pets
+
+
+def get_config():
+    config = pets.get_config()
+    config.update(env="cartpole_swingup", env_steps=2000)
+    return config
