@@ -47,8 +47,7 @@ class Dataset(struct.PyTreeNode):
             raise UserError(f'lengths in a dataset differ: "truncated" has {n} entries, {wrong[0]}')
         if n == 0:
             raise UserError("a dataset without entries")
-        ends = np.flatnonzero(np.asarray(data["terminated"], bool) | np.asarray(data["truncated"], bool))
-        last = np.append(ends, n - 1)
+        last = last_steps(data)
         left = last[np.searchsorted(last, np.arange(n))] - np.arange(n) + 1
         starts = np.argsort(-left, kind="stable")
         return cls(jax.tree.map(jnp.asarray, data), jnp.int32(starts), jnp.int32(left[starts]), int(left.max()))
@@ -71,23 +70,48 @@ class Dataset(struct.PyTreeNode):
         index = start[None] + jnp.arange(length)[:, None]
         return jax.tree.map(lambda x: x[index], self.data)
 
+    def split(self, fraction: float, key: jax.Array) -> tuple["Dataset", "Dataset"]:
+        """(the rest, `fraction` of the episodes, rounded, at least one), whole ones drawn by `key`, in their order."""
+        episode = np.searchsorted(last_steps(self.data), np.arange(self.size))
+        count = int(episode[-1]) + 1
+        if not 0 < fraction < 1 or count < 2:
+            raise UserError(f"no {fraction} of {count} episodes can be held out: say 0 < holdout < 1, of two or more")
+        taken = permutation(key, count)[:np.clip(round(fraction * count), 1, count - 1)]
+        held_out = np.isin(episode, taken)
+        return (Dataset.create(jax.tree.map(lambda x: x[~held_out], self.data)),
+                Dataset.create(jax.tree.map(lambda x: x[held_out], self.data)))
+
     def save(self, path: str | os.PathLike) -> None:
-        """One .npz, whole or not at all; the names of a nested dictionary are joined by "/"."""
-        partial = pathlib.Path(f"{path}.partial")
-        with open(partial, "wb") as file:
-            np.savez(file, **jax.tree.map(np.asarray, flatten_dict(self.data, sep="/")))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write_arrays(path, self.data)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Dataset":
-        try:
-            with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:  # a pickle could run anything
-                data = dict(arrays)
-        except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"{path} is no dataset, or a damaged one: {error}") from error
-        return cls.create(unflatten_dict(data, sep="/"))
+        return cls.create(read_arrays(path))
+
+
+def last_steps(data: dict[str, Any]) -> np.ndarray:
+    """Where the episodes stop; the place where the data do may be there twice."""
+    done = np.asarray(data["terminated"], bool) | np.asarray(data["truncated"], bool)
+    return np.append(np.flatnonzero(done), len(done) - 1)
+
+
+def write_arrays(path: str | os.PathLike, tree: dict[str, Any]) -> None:
+    """One .npz, whole or not at all; the names of a nested dictionary are joined by "/"."""
+    partial = pathlib.Path(f"{path}.partial")
+    with open(partial, "wb") as file:
+        np.savez(file, **jax.tree.map(np.asarray, flatten_dict(tree, sep="/")))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def read_arrays(path: str | os.PathLike) -> dict[str, Any]:
+    """What `write_arrays` wrote: numpy arrays, nested as they were."""
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:  # a pickle could run anything
+            return unflatten_dict(dict(arrays), sep="/")
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} holds no arrays, or is damaged: {error}") from error
 
 
 class ReplayBuffer(struct.PyTreeNode):
