@@ -2,13 +2,16 @@
 import difflib
 import functools
 import importlib
+import json
 import os
 import pathlib
 import sys
 
 import jax
+import tqdm
 from absl import app, flags, logging
 from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import config_flags
 
 from core.errors import UserError
 
@@ -42,6 +45,45 @@ def _parse(argv):
         if message[:1] in ("'", '"'):  # a KeyError, printed by its repr
             message = "the config has no key " + message.strip("'\"\\").replace("\\'", "").replace("\\n", ". ")
         sys.exit(_fail(message))
+
+
+def config_name():
+    """Of the file that --config names, without its folder and ending."""
+    if flags.FLAGS.config is None:
+        raise UserError("say what to run: --config=configs/….py or --config=algorithms/….py")
+    name = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
+    if not pathlib.Path(name).exists():
+        known = [f"{path.parent.name}/{path.name}" for path in ROOT.glob("*/*.py") if path.stem != "__init__"]
+        raise UserError(f"no config {name}; {suggest(name, known)}")
+    return pathlib.Path(name).stem
+
+
+def open_folder(folder, config, resume):
+    """A new folder, or with --resume the folder of the very run that is to go on."""
+    folder = pathlib.Path(folder)
+    stored = folder / "config.json"
+    if not resume and stored.exists():
+        raise UserError(f"workdir {folder} already holds a run: choose another, or go on with it by --resume")
+    if resume and not stored.exists():
+        raise UserError(f"nothing to resume: {stored} does not exist")
+    if resume:
+        old = json.loads(stored.read_text())
+        changed = [f"{k} was {old.get(k)!r}, is {config.get(k)!r}" for k in sorted(old | config)
+                   if old.get(k) != config.get(k)]
+        if changed:
+            raise UserError(f"cannot resume {folder} with a changed config: {'; '.join(changed)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def own_flags():
+    return {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])
+            if flag.name != "config"}
+
+
+def progress_bar(unit, total, done=0):
+    return tqdm.tqdm(total=total, initial=done, unit=unit, unit_scale=True, disable=jax.process_index() > 0,
+                     mininterval=0.1 if sys.stderr.isatty() else 10.0)
 
 
 def compilation_cache():

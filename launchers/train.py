@@ -8,10 +8,7 @@ sums, never a value per step. Between chunks the loop below evaluates, logs, sav
 uses the key fold_in(fold_in(key(s), 1), i), so how a run is cut into chunks changes nothing.
 """
 import functools
-import json
-import pathlib
 import resource
-import sys
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import tqdm
 from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -152,33 +148,10 @@ def metrics_of(tested, totals, iterations):
     return tested | {k: v / iterations for k, v in sums.items()}
 
 
-def open_workdir(config):
-    """A new folder, or with --resume the folder of the very run that is to go on."""
-    stem = pathlib.Path(config_flags.get_config_filename(FLAGS["config"]).split(":")[0]).stem
-    workdir = pathlib.Path(FLAGS.workdir or f"runs/{stem}-{time.strftime('%Y%m%d-%H%M%S')}")
-    stored = workdir / "config.json"
-    if not FLAGS.resume and stored.exists():
-        raise UserError(f"workdir {workdir} already holds a run: choose another, or go on with it by --resume")
-    if FLAGS.resume and not stored.exists():
-        raise UserError(f"nothing to resume: {stored} does not exist")
-    if FLAGS.resume:
-        old = json.loads(stored.read_text())
-        changed = [f"{k} was {old.get(k)!r}, is {config.get(k)!r}" for k in sorted(old | config)
-                   if old.get(k) != config.get(k)]
-        if changed:
-            raise UserError(f"cannot resume {workdir} with a changed config: {'; '.join(changed)}")
-    workdir.mkdir(parents=True, exist_ok=True)
-    return workdir
-
-
 def start():
     """The devices and the processes of this run; its config."""
-    if FLAGS.config is None:
-        raise UserError("say what to train: --config=configs/….py or --config=algorithms/….py")
-    name = config_flags.get_config_filename(FLAGS["config"]).split(":")[0]
-    if not pathlib.Path(name).exists():
-        known = [f"{path.parent.name}/{path.name}" for path in cli.ROOT.glob("*/*.py") if path.stem != "__init__"]
-        raise UserError(f"no config {name}; {cli.suggest(name, known)}")
+    name = cli.config_name()
+    FLAGS.workdir = FLAGS.workdir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if FLAGS.devices > 1:
         jax.config.update("jax_num_cpu_devices", FLAGS.devices)
     if FLAGS.coordinator:
@@ -192,7 +165,8 @@ def fit(run, gather, programs, config, folder, meta, logger):
     per_iteration, seeds = config.num_envs * config.num_steps, FLAGS.num_seeds
     iterations, evaluations = config.env_steps // per_iteration, max(1, round(config.env_steps / config.eval_every))
     stops = [iterations * (k + 1) // evaluations for k in range(evaluations)]
-    bar = progress_bar(iterations, meta["iteration"], per_iteration * seeds)
+    bar = cli.progress_bar(" steps", per_iteration * seeds * iterations, per_iteration * seeds * meta["iteration"])
+    bar.per_iteration = per_iteration * seeds
     chunk = iterations if jax.process_count() > 1 else FLAGS.chunk  # processes must cut alike; their clocks differ
     i, seconds, row = meta["iteration"], meta["seconds"], None
     for stop in [stop for stop in stops if stop > i]:
@@ -223,14 +197,14 @@ def main(_):
     compile_seconds = time.perf_counter() - began
 
     stored = cli.config_dict(config) | dict(seed=FLAGS.seed, num_seeds=FLAGS.num_seeds, eval_seed=FLAGS.eval_seed)
-    workdir = open_workdir(stored)
+    workdir = cli.open_folder(FLAGS.workdir, stored, FLAGS.resume)
     folder, meta = workdir / "checkpoints", dict(iteration=0, rows=None, seconds=0.0)
     if FLAGS.resume and checkpoint.steps(folder):
         run, meta = checkpoint.restore_newest(folder, run)
     if jax.process_count() > 1:  # all have looked at the folder before one of them writes there
         multihost_utils.sync_global_devices("the folder is read")
     lead = jax.process_index() == 0
-    logger = Logger(workdir, stored, own_flags(), seeds, meta["rows"], FLAGS.wandb) if lead else None
+    logger = Logger(workdir, stored, cli.own_flags(), seeds, meta["rows"], FLAGS.wandb) if lead else None
 
     row, seconds = fit(run, gather, programs, config, folder, meta, logger)
     if row is None and (workdir / "summary.json").exists():
@@ -254,17 +228,6 @@ def summary_of(config, seeds, row, compile_seconds, train_seconds):
         updates_per_second=iterations * len(seeds) / train_seconds,
         peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         device=jax.devices()[0].device_kind, devices=jax.device_count())
-
-
-def own_flags():
-    return {flag.name: flag.value for flag in FLAGS.get_key_flags_for_module(sys.argv[0]) if flag.name != "config"}
-
-
-def progress_bar(iterations, done, per_iteration):
-    bar = tqdm.tqdm(total=iterations * per_iteration, initial=done * per_iteration, unit=" steps", unit_scale=True,
-                    mininterval=0.1 if sys.stderr.isatty() else 10.0, disable=jax.process_index() > 0)
-    bar.per_iteration = per_iteration
-    return bar
 
 
 def table(summary, workdir):

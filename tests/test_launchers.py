@@ -19,7 +19,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 TINY = ("--config=algorithms/ppo.py", "--config.env_steps=2560", "--config.eval_every=640", "--config.num_steps=16",
         "--config.num_envs=4", "--config.hidden_dims=(8,)", "--config.eval_episodes=2")
 
-TRAIN, CHECKPOINT, LOGGING = "launchers/train.py", "core/checkpoint.py", "core/logging.py"
+TRAIN, CLI = "launchers/train.py", "launchers/cli.py"
+CHECKPOINT, LOGGING = "core/checkpoint.py", "core/logging.py"
 KILLED = "test_killed_at_any_moment_and_resumed_it_is_the_same_run"
 PLANTED_ERRORS = {  # and the test that has to notice
     "key depends on the chunk": (TRAIN, "jax.random.fold_in(key, i))", "jax.random.fold_in(key, i - start))",
@@ -36,9 +37,9 @@ PLANTED_ERRORS = {  # and the test that has to notice
                            "test_a_damaged_checkpoint_is_named_and_the_one_before_it_used"),
     "non-finite loss ignored": (TRAIN, "if (bad >= 0).any():", "if (bad > 10**9).any():",
                                 "test_a_loss_that_is_not_finite_stops_the_run"),
-    "changed config accepted": (TRAIN, "if old.get(k) != config.get(k)]", "if False]",
+    "changed config accepted": (CLI, "if old.get(k) != config.get(k)]", "if False]",
                                 "test_a_folder_with_another_run_is_a_mistake"),
-    "an old run overwritten": (TRAIN, "if not FLAGS.resume and stored.exists():", "if False:",
+    "an old run overwritten": (CLI, "if not resume and stored.exists():", "if False:",
                                "test_a_folder_with_another_run_is_a_mistake"),
     "evaluation on other episodes": (TRAIN, "jax.random.key(FLAGS.eval_seed)), sums))", "jax.random.key(i)), sums))",
                                      "test_evaluate_repeats_the_training_score_and_draws"),
