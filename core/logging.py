@@ -27,8 +27,8 @@ class Logger:
     """Files of one run. `rows` of an earlier part of it are kept on resume; `wandb_mode` is off, online or offline."""
 
     def __init__(self, workdir: pathlib.Path, config: dict, flags: dict, seeds: list[int], rows: int | None = None,
-                 wandb_mode: str = "off"):
-        self.workdir, self.seeds = pathlib.Path(workdir), seeds
+                 wandb_mode: str = "off", clock: str = "env_steps"):
+        self.workdir, self.seeds, self.clock = pathlib.Path(workdir), seeds, clock
         self.rows = 0 if rows is None else rows
         self.wandb_runs = _wandb_runs(self.workdir, config, seeds, wandb_mode) if wandb_mode != "off" else []
         if rows is None:
@@ -39,18 +39,18 @@ class Logger:
             header_and_rows = (self.workdir / "metrics.csv").read_text().splitlines(keepends=True)[: rows + 1]
             write(self.workdir / "metrics.csv", "".join(header_and_rows))
 
-    def write(self, env_steps: int, per_seed: dict[str, np.ndarray]) -> None:
-        """One row per seed; every value of `per_seed` has one entry per seed."""
+    def write(self, now: int, per_seed: dict[str, np.ndarray]) -> None:
+        """One row per seed, `now` by the clock; every value of `per_seed` has one entry per seed."""
         path = self.workdir / "metrics.csv"
         text = io.StringIO()
-        writer = csv.DictWriter(text, ["env_steps", "seed", *per_seed], lineterminator="\n")
+        writer = csv.DictWriter(text, [self.clock, "seed", *per_seed], lineterminator="\n")
         if self.rows == 0:
             writer.writeheader()
         for i, seed in enumerate(self.seeds):
             row = {k: float(v[i]) for k, v in per_seed.items()}
-            writer.writerow(dict(env_steps=env_steps, seed=seed) | {k: f"{v:.8g}" for k, v in row.items()})
+            writer.writerow({self.clock: now, "seed": seed} | {k: f"{v:.8g}" for k, v in row.items()})
             if self.wandb_runs:
-                self.wandb_runs[i].log(row, step=env_steps)
+                self.wandb_runs[i].log(row, step=now)
         with open(path, "a") as file:
             file.write(text.getvalue())
             file.flush()

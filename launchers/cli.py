@@ -76,6 +76,18 @@ def open_folder(folder, config, resume):
     return folder
 
 
+def stage_folder(name):
+    """Of one stage of the pipeline collect, pretrain, finetune."""
+    config = config_name()
+    return pathlib.Path(flags.FLAGS.workdir or f"runs/{config}") / name
+
+
+def section(config, name):
+    if name not in config:
+        raise UserError(f'the config has no section "{name}": it is none of a learned model that is trained in stages')
+    return config[name]
+
+
 def own_flags():
     return {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])
             if flag.name != "config"}
