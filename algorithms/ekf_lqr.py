@@ -232,7 +232,7 @@ def error_name(config):
     return "parameter_error" if config.about == "params" else "gain_error"
 
 
-def measure(run):
+def measure(run, key, env, config):
     """What a run of this method is judged by: the task's reward so far and the belief's error, at this moment."""
     return run.measures
 

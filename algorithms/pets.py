@@ -289,7 +289,7 @@ def examine(agent, z, change, happened):
     return {"error": jnp.sqrt(mse), "nll": nll, "coverage": coverage}
 
 
-def measure(run):
+def measure(run, key, env, config):
     """What a run of this method is judged by, at this moment."""
     scores = {"return": jnp.nanmean(run.returns), "episode_return": run.returns[-1], "best_return": run.best_return}
     return scores | run.test

@@ -55,8 +55,9 @@ class Programs(NamedTuple):
 def build(algorithm, config, num_seeds):
     """The programs over the seed axis: every leaf of what they take and give is [S, ...]."""
     env = make_env(config.env, config.num_envs, **config.get("env_kwargs", {}))
-    if not hasattr(algorithm, "measure"):
-        eval_env = make_env(config.env, config.eval_episodes, **config.get("env_kwargs", {}))
+    learns_as_it_is_judged = hasattr(algorithm, "measure")
+    eval_env = make_env(config.env, config.num_envs if learns_as_it_is_judged else config.eval_episodes,
+                        **{**config.get("env_kwargs", {}), **config.get("eval_env_kwargs", {})})
     if getattr(env, "on_host", False) and FLAGS.devices > 1:
         raise UserError(f'environment "{config.env}" runs on the host: --devices=1')
     if num_seeds > 1 and getattr(env, "on_host", False):
@@ -85,8 +86,8 @@ def build(algorithm, config, num_seeds):
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), info), jnp.int32(-1)
 
     def test(run, key):
-        if hasattr(algorithm, "measure"):  # it learns within the episode that it is judged by
-            return algorithm.measure(run)
+        if learns_as_it_is_judged:
+            return algorithm.measure(run, key, eval_env, config)
         carry = algorithm.initial_carry(run, config.eval_episodes) if hasattr(algorithm, "initial_carry") else ()
         return score(*evaluate(functools.partial(algorithm.act, run), eval_env, key, carry))
 

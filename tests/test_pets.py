@@ -357,7 +357,7 @@ def test_a_step_fits_then_plays_then_is_tested_then_remembers():
     init_key, key = jax.random.split(jax.random.key(0))
     run = jax.jit(functools.partial(pets.init, env=env, config=config))(init_key)
     step = jax.jit(functools.partial(pets.train_step, env=env, config=config))
-    assert run.memory.size == 8 and np.isnan(pets.measure(run)["return"])
+    assert run.memory.size == 8 and np.isnan(pets.measure(run, None, env, config)["return"])
     totals = []
     for step_key in jax.random.split(key, 2):
         before = run
@@ -368,7 +368,7 @@ def test_a_step_fits_then_plays_then_is_tested_then_remembers():
         for name, value in pets.examine(run.agent, *episode).items():
             np.testing.assert_allclose(run.test[name], value, rtol=1e-4)
         totals.append(-np.square(episode[0][:, 0] + episode[1][:, 0] - 1).sum())
-        scores = pets.measure(run)
+        scores = pets.measure(run, None, env, config)
         np.testing.assert_allclose(scores["return"], np.mean(totals), rtol=1e-5)
         np.testing.assert_allclose(scores["episode_return"], totals[-1], rtol=1e-5)
         np.testing.assert_allclose(scores["best_return"], max(totals), rtol=1e-5)
@@ -401,7 +401,7 @@ def test_it_learns_to_stand_at_its_goal(planner):
     step = jax.jit(functools.partial(pets.train_step, env=env, config=config))
     for step_key in jax.random.split(key, 2):
         run, _ = step(run, step_key)
-    assert pets.measure(run)["episode_return"] > -0.4
+    assert pets.measure(run, None, env, config)["episode_return"] > -0.4
     assert run.test["error"] < 0.05
 
 
@@ -412,7 +412,7 @@ def test_seeds_under_vmap_match_seeds_alone():
         init_key, key = jax.random.split(key)
         run = pets.init(init_key, env, config)
         run, _ = pets.train_step(run, key, env, config)
-        return run.memory.z, pets.measure(run)
+        return run.memory.z, pets.measure(run, None, env, config)
 
     with jax.debug_key_reuse(False):  # it misfires on a scan over keys under vmap
         keys = jax.random.split(jax.random.key(0), 3)
