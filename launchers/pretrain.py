@@ -114,7 +114,7 @@ def open_loop(algorithm, params, holdout, env, config):
     window = holdout.sample_trajectories(jax.random.key(FLAGS.seed), WINDOWS, length)
 
     def step(obs, now):
-        obs = algorithm.predict(params, obs, now["action"], env, config)
+        obs = jax.vmap(lambda *one: algorithm.predict(params, *one, env, config))(obs, now["action"])
         return obs, jnp.stack([jnp.sqrt(jnp.square(guess - now["next_obs"]).mean())
                                for guess in (obs, window["obs"][0])])
 

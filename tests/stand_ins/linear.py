@@ -16,7 +16,7 @@ def get_config():
     return ml_collections.ConfigDict(dict(
         algorithm=pathlib.Path(__file__).stem, env="drift", env_kwargs=dict(noise=0.5), num_envs=2, num_steps=2,
         env_steps=8, eval_every=4, pretrained="", eval_episodes=2,
-        collect=dict(episodes=50, num_envs=3, env_kwargs=dict(noise=0.05)),
+        collect=dict(episodes=50, num_envs=7, env_kwargs=dict(noise=0.05)),
         pretrain=dict(num_epochs=200, batch_size=64, holdout=0.2, lr=0.01),
     ))
 
@@ -68,7 +68,12 @@ def act(run, carry, obs, key):
 
 
 def predict(params, obs, action, env, config):
-    return obs + jnp.concatenate([obs, action, jnp.ones((len(obs), 1))], axis=1) @ params["layer"]["w"]
+    """The next of one obs (2,) and action (1,)."""
+    return obs + jnp.concatenate([obs, action, jnp.ones(1)]) @ params["layer"]["w"]
+
+
+def predict_all(params, data, env, config):
+    return jax.vmap(lambda obs, action: predict(params, obs, action, env, config))(data["obs"], data["action"])
 
 
 def optimiser(config):
@@ -85,7 +90,7 @@ def pretrain_step(model, key, data, env, config):
     batch = jax.tree.map(lambda x: x[index], data)
 
     def loss(params):
-        return jnp.square(predict(params, batch["obs"], batch["action"], env, config) - batch["next_obs"]).mean()
+        return jnp.square(predict_all(params, batch, env, config) - batch["next_obs"]).mean()
 
     value, grads = jax.value_and_grad(loss)(model.params)
     updates, opt_state = optimiser(config).update(grads, model.opt_state)
@@ -93,5 +98,5 @@ def pretrain_step(model, key, data, env, config):
 
 
 def pretrain_test(model, data, env, config):
-    error = predict(model.params, data["obs"], data["action"], env, config) - data["next_obs"]
+    error = predict_all(model.params, data, env, config) - data["next_obs"]
     return {"error": jnp.sqrt(jnp.square(error[:, 0]).mean())}
