@@ -54,7 +54,7 @@ def train_step(run, key, env, config):
     return run, dict(ended=ended(ts).mean())
 
 
-def measure(run):
+def measure(run, key, env, config):
     return {"return": jnp.float32(0), "weight": jnp.abs(run.params["layer"]["w"]).sum()}
 
 
