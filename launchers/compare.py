@@ -12,9 +12,9 @@ import numpy as np
 from absl import flags
 
 from core.errors import UserError
-from core.evaluation import summarize
 from core.logging import read_metrics
 from launchers import cli
+from launchers.runs import cell
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("runs", None, "Folders of runs; the first is what the others are compared with.", required=True)
@@ -30,11 +30,6 @@ def column(run):
     if FLAGS.column not in metrics:
         raise UserError(f'{run} has no column "{FLAGS.column}"; {cli.suggest(FLAGS.column, sorted(metrics))}')
     return metrics["env_steps"][:, 0], metrics[FLAGS.column], metrics["seed"][0]
-
-
-def cell(values):
-    score = summarize(values)
-    return f"{score['iqm']:.4g} [{score['ci95'][0]:.4g}, {score['ci95'][1]:.4g}]"
 
 
 def main(_):

@@ -12,7 +12,7 @@ import numpy as np
 from core import checkpoint
 from core.envs import make_env
 from core.errors import UserError
-from core.evaluation import ended
+from core.evaluation import ended, summarize
 from core.logging import read_metrics
 from launchers import cli
 
@@ -102,6 +102,12 @@ def drawable(name, **kwargs):
     if not hasattr(env, "draw"):
         raise UserError(f'environment "{name}" cannot be drawn: it has no draw(state)')
     return env
+
+
+def cell(per_seed):
+    """IQM [95% CI] of values [S], to print."""
+    score = summarize(per_seed)
+    return f"{score['iqm']:.4g} [{score['ci95'][0]:.4g}, {score['ci95'][1]:.4g}]"
 
 
 @contextlib.contextmanager

@@ -1,0 +1,130 @@
+"""How runs come through a jump of the hidden truth, against one that knows it and one that never learns.
+
+    python -m launchers.adaptation --runs=runs/oracle,runs/frozen,runs/gradient,runs/ekf --figure=adapt.png
+
+The first run knows the truth, reward r*; the second never learns. Each is one episode. IQM [95% CI] over paired seeds:
+
+    regret      Σ r* − r; after jump: of the steps since
+    closed      1 − IQM(regret) / IQM(regret of the second) of the steps from --within after the jump on, seeds
+                resampled together. No gap: the second's own interval reaches 0, and the ratio would mean nothing
+    back        steps after the jump until the mean r of the last 10 is within 10% of |mean r*| of mean r* or above it,
+                and stays there for 10 more: 10 at the least; the median of seeds
+    nll         of the next state by the run's own model, median over steps
+    covered     share of steps whose NIS 95% of right ones stay below;  ms: per step and seed, as it was run
+"""
+import json
+import pathlib
+import types
+
+import numpy as np
+from absl import flags
+from numpy.lib.stride_tricks import sliding_window_view
+
+from core.errors import UserError
+from core.evaluation import iqm
+from core.logging import read_metrics
+from launchers import cli
+from launchers.runs import cell, figure, regret
+
+FLAGS = flags.FLAGS
+flags.DEFINE_list("runs", None, "Folders of runs: the oracle, the frozen model, others.", required=True)
+flags.DEFINE_integer("within", 50, "Steps after the jump from which on the gap should be closed.", lower_bound=0)
+flags.DEFINE_bool("markdown", False, "Print the table as Markdown.")
+flags.DEFINE_string("figure", None, "The picture to write: rewards and errors against steps, .png or .pdf.")
+HEADER = "run", "regret", "after jump", "closed", "back", "nll", "covered", "ms"
+WINDOW = 10  # steps
+
+
+def read(folder):
+    """Of a run: name, config, metrics {column: [T, S]}, regret [T, S] up to every row, ms."""
+    first, folder = pathlib.Path(FLAGS.runs[0]), pathlib.Path(folder)
+    oracle, config, summary = (json.loads(path.read_text()) for path in (
+        first / "config.json", folder / "config.json", folder / "summary.json"))
+    if differ := [name for name in ("env", "env_kwargs", "num_envs") if config[name] != oracle[name]]:
+        raise UserError(f"{folder} and {first} differ in {differ[0]}: the same seed is another truth there")
+    metrics = read_metrics(folder)
+    if missing := {"reward", "error", "nll", "covered"} - metrics.keys():
+        raise UserError(f'{folder} has no column "{min(missing)}": nothing of adaptation is logged there')
+    steps, total = np.diff(metrics["env_steps"], axis=0, prepend=0) / config["num_envs"], metrics["return"]
+    if not np.allclose((steps * metrics["reward"]).sum(0), total[-1], atol=1e-3 * np.abs(total).max()):
+        raise UserError(f"{folder} is more than one episode: its return is not the sum of its rewards")
+    return types.SimpleNamespace(
+        name=folder.name, config=config, metrics=metrics, regret=regret(folder, first),
+        ms=1e3 * summary["train_seconds"] / (summary["env_steps"] * len(summary["seeds"])))
+
+
+def timeline(run):
+    """(steps [T], step of the jump), of rows that are where they are needed."""
+    steps = run.metrics["env_steps"][:, 0] / run.config["num_envs"]
+    jump, span = run.config["env_kwargs"].get("jump_step", 0), steps[0]
+    if not 0 < jump < steps[-1] - max(FLAGS.within, 2 * WINDOW - span):
+        raise UserError(f"{run.name} has {steps[-1]:g} steps and env_kwargs.jump_step = {jump}: too few after the jump")
+    if (np.diff(steps) != span).any() or np.any(np.array([WINDOW, jump, FLAGS.within]) % span):
+        raise UserError(f"{run.name} has rows {span:g} steps apart: that must divide {WINDOW}, jump_step and --within")
+    return steps, jump
+
+
+def closed(late, frozen):
+    """Share of the gap `frozen` [S] that a run with regret `late` [S] closes: of all seeds, and its interval."""
+    index = np.random.default_rng(0).choice(len(late), (2000, len(late)))
+    gap = np.array([iqm(frozen[i]) for i in index])
+    if np.percentile(gap, 2.5) <= 0:
+        return "no gap"
+    share = [1 - iqm(late[i]) / g for i, g in zip(index, gap, strict=True) if g > 0]
+    low, high = np.percentile(share, [2.5, 97.5])
+    return f"{1 - iqm(late) / iqm(frozen):.0%} [{low:.0%}, {high:.0%}]"
+
+
+def back(reward, best, span):
+    """Steps until `reward` [T, S], from the jump on, is near `best` and stays so; infinite where it never does."""
+    rows = WINDOW // span
+    mean, target = (sliding_window_view(x, rows, axis=0).mean(-1) for x in (reward, best))
+    near = mean >= target - 0.1 * np.abs(target)
+    stays = sliding_window_view(near, rows + 1, axis=0).all(-1)
+    return np.where(stays.any(0), span * (rows + stays.argmax(0)), np.inf)
+
+
+def cells(run, first, frozen, jump, span):
+    at, late = jump // span - 1, (jump + FLAGS.within) // span - 1  # rows up to which regret does not count
+    total, after, *own = map(cell, (run.regret[-1], run.regret[-1] - run.regret[at],
+                                    np.median(run.metrics["nll"], axis=0), run.metrics["covered"].mean(0)))
+    steps = np.median(back(run.metrics["reward"][at + 1:], first.metrics["reward"][at + 1:], span))
+    own = "––" if run is first else own  # it plans with the truth, not with a model of its own
+    return (run.name, total, after, closed(*(r.regret[-1] - r.regret[late] for r in (run, frozen))),
+            f"{steps:g}" if np.isfinite(steps) else "never", *own, f"{run.ms:.3g}")
+
+
+def table(rows):
+    if FLAGS.markdown:
+        return "\n".join(f"| {' | '.join(row)} |" for row in [HEADER, ["---", *["--:"] * len(HEADER[1:])], *rows])
+    widths = [max(map(len, column)) for column in zip(HEADER, *rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in [HEADER, *rows])
+
+
+def draw(runs, steps, jump):
+    with figure(FLAGS.figure, ncols=2, figsize=(9, 3.6), sharex=True) as (fig, (left, right)):
+        for ax, name, shown in ((left, "reward", runs), (right, "error", runs[1:])):
+            for i, run in enumerate(shown, len(runs) - len(shown)):
+                values = run.metrics[name]
+                ax.fill_between(steps, *np.percentile(values, [25, 75], axis=1), color=f"C{i}", alpha=0.15, linewidth=0)
+                ax.plot(steps, [iqm(x) for x in values], color=f"C{i}", label=run.name)
+            ax.axvline(jump, color="grey", linestyle="--", linewidth=0.8)
+            ax.spines[["top", "right"]].set_visible(False)
+        left.set(xlabel="step; IQM and quartiles of seeds", title=f"{runs[0].config['env']}, reward per step")
+        right.set(xlabel="step", yscale="log", title="error of the next state, in scales of change")
+        fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
+
+
+def main(_):
+    if len(FLAGS.runs) < 2:
+        raise UserError("--runs: name the oracle and the frozen model at least")
+    first, frozen, *_ = runs = [read(folder) for folder in FLAGS.runs]
+    steps, jump = timeline(first)
+    print(f"{first.config['env']}, jump at step {jump}: IQM [95% CI] of {len(first.regret[0])} seeds\n")
+    print(table([cells(run, first, frozen, jump, int(steps[0])) for run in runs]))
+    if FLAGS.figure:
+        draw(runs, steps, jump)
+
+
+if __name__ == "__main__":
+    cli.run(main)
