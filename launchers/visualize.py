@@ -51,7 +51,10 @@ def main(_):
     if FLAGS.figure:
         draw_figure(config)
     if FLAGS.out:
-        shoot = film_of_run if hasattr(algorithm, "measure") else film_of_policy
+        learns_as_it_is_judged = hasattr(algorithm, "measure")
+        if learns_as_it_is_judged and not hasattr(algorithm, "imagine"):
+            raise UserError(f"{config.algorithm} cannot be filmed: it learns as it is judged and has no `imagine`")
+        shoot = film_of_run if learns_as_it_is_judged else film_of_policy
         frames, returns = shoot(algorithm, config, run, meta)
         writers[pathlib.Path(FLAGS.out).suffix](FLAGS.out, frames, FLAGS.fps)
         print(f"{FLAGS.out}: {len(frames)} frames, {pathlib.Path(FLAGS.out).stat().st_size / 1e3:.0f} kB; "

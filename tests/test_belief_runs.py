@@ -35,6 +35,8 @@ PLANTED_ERRORS = {
                                      "test_the_band_holds_the_mean_nis"),
     "band on one side": (EKF, "((1 - coverage) / 2, (1 + coverage) / 2)", "(1 - coverage, coverage)",
                          "test_the_band_holds_the_mean_nis"),
+    "a film of what imagines nothing": (VISUALIZE, 'if learns_as_it_is_judged and not hasattr(algorithm, "imagine"):',
+                                        "if False:", "test_what_imagines_nothing_is_not_filmed"),
     "film goes on after the end": (VISUALIZE, "*(restarts + 1), ", "", "test_the_first_episode_is_filmed"),
     "belief of the last step only": (VISUALIZE, "{name: (mean[t], cov[t])", "{name: (mean[-1], cov[-1])",
                                      "test_the_first_episode_is_filmed"),
@@ -69,11 +71,14 @@ def launch(tmp_path_factory):
     (folder / "tiny.py").write_text(CONFIG)
     settings = dict(JAX_COMPILATION_CACHE_DIR=str(folder / "compiled"), PYTHONPATH=str(ROOT))
 
-    def launch(name, *args):
-        return subprocess.run([sys.executable, "-m", f"launchers.{name}", *map(str, args)], cwd=folder, text=True,
-                              capture_output=True, env={**os.environ, **settings})
+    def program(*args):
+        return subprocess.run([sys.executable, *map(str, args)], cwd=folder, text=True, capture_output=True,
+                              env={**os.environ, **settings})
 
-    launch.folder = folder
+    def launch(name, *args):
+        return program("-m", f"launchers.{name}", *args)
+
+    launch.folder, launch.program = folder, program
     return launch
 
 
@@ -176,6 +181,13 @@ def test_the_figure_is_drawn_with_and_without_regret(run, launch):
 def test_a_mistake_is_one_line(run, launch, args, words):
     done = launch("visualize", "--run=whole", *args)
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_what_imagines_nothing_is_not_filmed(run, launch):
+    program = "import runpy; from algorithms import ekf_lqr; del ekf_lqr.imagine; " \
+              "runpy.run_module('launchers.visualize', run_name='__main__', alter_sys=True)"
+    done = launch.program("-c", program, "--run=whole", "--out=a.gif")
+    assert done.returncode == 2 and "imagine" in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
 def test_regret_is_paired(tmp_path):
