@@ -83,7 +83,7 @@ def get_config():
         noise_beta=2.0,
         action_noise=0.0,  # standard deviation of what is added to the plan's action, in half widths of the box
         collect=dict(episodes=20, num_envs=10, learner="oracle", action_noise=0.3),  # else as above
-        pretrain=dict(num_updates=20_000, batch_size=64, lr=1e-3, holdout=0.2),
+        pretrain=dict(num_updates=10_000, batch_size=64, lr=1e-3, holdout=0.2),
     ))
 
 

@@ -1,6 +1,6 @@
 """A linear system of which nothing is known: x' = A x + B u, with all 24 numbers of A and B hidden.
 
-    cost = |x − g|² + |u|²,   terminal |x − g|²,   g = (0, 5, 0, 0),   |u_i| <= 2,   x starts at 0
+    cost = |x − g|² + |u|²,   terminal |x − g|²,   g = (0, 5, 0, 0),   |u_i| <= 2,   x starts at 0 unless told
 
 The state is two positions and two velocities that drag and turn each other; a learner starts from other matrices, of
 an unstable system. `parameter_error` is |ΔA| + |ΔB| (Frobenius), 0.847 at first. System, guess and cost follow Palafox
@@ -33,6 +33,7 @@ class Env:
     a: tuple[tuple[float, ...], ...] = TRUE_A
     b: tuple[tuple[float, ...], ...] = TRUE_B
     goal: tuple[float, ...] = (0.0, 5.0, 0.0, 0.0)
+    start_width: float = 0.0  # how far from 0 each position may be at first
     max_control: float = 2.0
     control_weight: float = 1.0
     max_steps: int = 90
@@ -59,7 +60,7 @@ class Env:
         return Params(jnp.float32(GUESSED_A), jnp.float32(GUESSED_B))
 
     def start(self, key: jax.Array) -> jax.Array:
-        return jnp.zeros(4)
+        return jnp.append(self.start_width * jax.random.uniform(key, (2,), minval=-1.0), jnp.zeros(2))
 
     def reset(self, key):
         return hidden.reset(self, key)
