@@ -70,6 +70,7 @@ def get_config():
         kept_elites=3,
         init_std=0.5,  # of the box
         noise_beta=2.0,
+        smoke=dict(num_steps=10, num_updates=10, random_steps=20),  # what --smoke shrinks, besides the budget
     ))
 
 

@@ -125,6 +125,7 @@ def config_dict(config) -> dict:
 
 def smoke(config):
     """The same program in seconds: two iterations, two evaluation episodes."""
+    config.update(config.get("smoke", {}))
     iteration = config.num_envs * config.num_steps
     config.update(env_steps=2 * iteration, eval_every=iteration)
     if "eval_episodes" in config:

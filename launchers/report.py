@@ -27,9 +27,10 @@ def adopt(folder):
     if not (folder / "summary.json").exists():
         raise UserError(f"{folder} holds no finished run: it has no summary.json")
     summary, provenance = (json.loads((folder / f"{name}.json").read_text()) for name in ("summary", "provenance"))
-    args = [arg for arg in provenance["command"][1:] if not arg.startswith("--workdir")]
+    launcher, *args = [arg for arg in provenance["command"] if not arg.startswith("--workdir")]
     config = next(arg.split("=", 1)[1] for arg in args if arg.startswith("--config="))
-    row = summary | dict(command=f"python -m launchers.train {shlex.join(args)}", cpus=provenance["cpus"],
+    command = f"python -m launchers.{pathlib.Path(launcher).stem} {shlex.join(args)}"
+    row = summary | dict(command=command, cpus=provenance["cpus"],
                          versions=provenance["versions"])
     RESULTS.mkdir(exist_ok=True)
     write(RESULTS / f"{pathlib.Path(config).stem}.json", json.dumps(row, indent=1) + "\n")
