@@ -309,6 +309,9 @@ def test_the_linear_numbers():
     np.testing.assert_allclose(env.terminal_cost(x), 50, rtol=1e-6)
     np.testing.assert_allclose(env.parameter_error(env.guess, env.truth), 0.847, atol=5e-4)
     np.testing.assert_array_equal(env.start(jax.random.key(0)), 0)
+    wide = jax.vmap(make("linear_tracking", start_width=15.0).start)(jax.random.split(jax.random.key(0), 2000))
+    np.testing.assert_allclose(wide[:, :2].std(axis=0), 15 / np.sqrt(3), rtol=0.06)
+    np.testing.assert_array_equal(wide[:, 2:], 0)
 
 
 def test_the_pendulum_numbers():
