@@ -102,7 +102,7 @@ def table(rows):
 
 
 def draw(runs, steps, jump):
-    with figure(FLAGS.figure, ncols=2, figsize=(9, 3.6), sharex=True) as (fig, (left, right)):
+    with figure(FLAGS.figure, ncols=2, figsize=(8.4, 3.5), sharex=True) as (fig, (left, right)):
         for ax, name, shown in ((left, "reward", runs), (right, "error", runs[1:])):
             for i, run in enumerate(shown, len(runs) - len(shown)):
                 values = run.metrics[name]
@@ -112,7 +112,7 @@ def draw(runs, steps, jump):
             ax.spines[["top", "right"]].set_visible(False)
         left.set(xlabel="step; IQM and quartiles of seeds", title=f"{runs[0].config['env']}, reward per step")
         right.set(xlabel="step", yscale="log", title="error of the next state, in scales of change")
-        fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
+        fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
 
 
 def main(_):
