@@ -64,7 +64,7 @@ def get_config():
         lora_size=16,  # of v
         learner="ekf",  # or none, oracle, gradient, refit
         belief="full",  # or diagonal, low_rank
-        belief_rank=10,  # of low_rank
+        belief_rank=8,  # of low_rank
         prior_var=0.1,  # P_0 = prior_var · I
         obs_var=1e-3,  # R = obs_var · I
         forgetting=1.0,

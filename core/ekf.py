@@ -173,7 +173,7 @@ class LowRank(struct.PyTreeNode):
     def shrink(self, H: jax.Array, W: jax.Array, K: jax.Array) -> "LowRank":
         """The new precision Υ + [W, H'] [W, H']' keeps its r largest directions; the rest leaves its diagonal in Υ."""
         wide = jnp.concatenate([self.factor, H.T], axis=1)  # [n, r + d]
-        wide = wide @ jnp.linalg.eigh(wide.T @ wide)[1]  # orthogonal columns, the shortest first
+        wide = wide @ eigenvectors(wide.T @ wide)  # orthogonal columns, the shortest first
         dropped, factor = wide[:, : H.shape[0]], wide[:, H.shape[0] :]
         return self.replace(precision=self.precision + jnp.square(dropped).sum(axis=1), factor=factor)
 
@@ -361,6 +361,35 @@ def gram(A: jax.Array) -> jax.Array:
         product = A.T @ A
         return 0.5 * (product + product.T)
     return sum(row[:, None] * row[None] for row in A)
+
+
+def eigenvectors(A: jax.Array) -> jax.Array:
+    """Of a symmetric A [m, m], as columns [m, m], those of the smallest eigenvalues first.
+
+    Jacobi's rotations, the disjoint pairs of a round at once. LAPACK's calls, batched by vmap, can wait for ever for
+    the threads they run on (jaxlib 0.10, few cores).
+    """
+    m = len(A)
+    index, players, partners = np.arange(m), np.arange(m + m % 2), []
+    for _ in players[1:]:  # a round robin: the first meets the last, and so on; then all but one move on a place
+        partner = players[::-1][np.argsort(players)][:m]
+        partners.append(np.where(partner < m, partner, index))  # of an odd number, one rests
+        players = np.append(players[:1], np.roll(players[1:], 1))
+    swaps, signs = np.eye(m, dtype=np.float32)[np.array(partners)], np.sign(np.array(partners) - index[None])
+
+    def rotate(state, now):
+        (A, V), (swap, sign) = state, now
+        diagonal, off = jnp.diagonal(A), (A * swap).sum(1)
+        tau = sign * (swap @ diagonal - diagonal) / jnp.where(off == 0, 1.0, 2 * off)
+        tangent = jnp.where(tau < 0, -1.0, 1.0) / (jnp.abs(tau) + jnp.sqrt(1 + tau**2))
+        tangent = jnp.where((off == 0) | (sign == 0), 0.0, tangent)
+        cos = jax.lax.rsqrt(1 + tangent**2)
+        J = jnp.diag(cos) + (sign * cos * tangent)[:, None] * swap * (1 - jnp.eye(m))
+        return (J.T @ A @ J, V @ J), None
+
+    rounds = np.tile(swaps, (7, 1, 1)), np.tile(np.float32(signs), (7, 1))
+    (A, V), _ = jax.lax.scan(rotate, (A, jnp.eye(m, dtype=A.dtype)), rounds)
+    return V[:, jnp.argsort(jnp.diagonal(A))]
 
 
 def inflation(belief: Belief, factor: jax.Array | float, max_trace: jax.Array | float) -> jax.Array:

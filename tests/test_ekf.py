@@ -11,6 +11,15 @@ from scipy.stats import chi2
 from core import ekf
 
 PLANTED_ERRORS = {
+    "rotated the wrong way": (
+        "core/ekf.py", "(sign * cos * tangent)", "(-sign * cos * tangent)",
+        "test_eigenvectors_are_those_of_numpy"),
+    "largest eigenvalues first": (
+        "core/ekf.py", "jnp.argsort(jnp.diagonal(A))]", "jnp.argsort(-jnp.diagonal(A))]",
+        "test_eigenvectors_are_those_of_numpy"),
+    "half of the pairs never meet": (
+        "core/ekf.py", "np.roll(players[1:], 1)", "np.roll(players[1:], 0)",
+        "test_eigenvectors_are_those_of_numpy"),
     "innovation sign": (
         "core/ekf.py", "H, obs - pred - H @", "H, pred - obs - H @",
         "test_linear_gaussian_is_the_kalman_filter"),
@@ -496,3 +505,19 @@ def test_vmapped_beliefs_equal_single_ones(form):
     many = jax.jit(jax.vmap(after))(H, y)
     for i in range(3):
         jax.tree.map(lambda x, y, i=i: np.testing.assert_allclose(x[i], y, atol=1e-5), many, after(H[i], y[i]))
+
+
+@pytest.mark.parametrize("m", [2, 3, 5, 8, 13])
+def test_eigenvectors_are_those_of_numpy(m):
+    rng = np.random.default_rng(m)
+    A = rng.normal(size=(m, m)) * np.logspace(0, 1.5, m)
+    A = np.float32(A.T @ A)
+    V = np.asarray(jax.jit(ekf.eigenvectors)(A), np.float64)
+    values = np.linalg.eigvalsh(A.astype(np.float64))
+    np.testing.assert_allclose(V.T @ V, np.eye(m), atol=1e-5)
+    np.testing.assert_allclose(V.T @ A @ V / values[-1], np.diag(values) / values[-1], atol=1e-5)
+
+
+def test_eigenvectors_of_what_is_diagonal_already():
+    np.testing.assert_allclose(np.abs(ekf.eigenvectors(jnp.diag(jnp.array([3.0, 0.0, 2.0])))),
+                               [[0, 0, 1], [1, 0, 0], [0, 1, 0]], atol=1e-6)
