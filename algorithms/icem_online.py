@@ -1,6 +1,6 @@
 """iCEM online: plan through a model that goes on learning within the episode, by whatever moves whichever weights.
 
-    y = (x' − x) / σ = g(θ; z) + v,  v ~ N(0, R)      z = standardised (features of x, u), σ the scale of changes      g
+    y = (x' − x) / σ = g(θ; z) + v,  v ~ N(0, R)      z = standardised (features of x, u), σ the scale of changes  predict
       model="mlp"           g a network, pretrained or not
       model="residual"      g = (f(x, u) − x) / σ + network, f the nominal physics
       model="physics"       g = (f(θ; x, u) − x) / σ, θ the environment's hidden Params
@@ -67,6 +67,7 @@ def get_config():
         belief_rank=8,  # of low_rank
         prior_var=0.1,  # P_0 = prior_var · I
         obs_var=1e-3,  # R = obs_var · I
+        num_linearizations=1,  # of g in one update; physics is so curved that it takes 4
         forgetting=1.0,
         drift_var=0.0,
         noise_rate=0.0,
@@ -235,7 +236,8 @@ def learn(mind, seen, fixed, env, config):
         return error(placed(theta, fixed, config), seen, env, config)
 
     def absorb(belief, seen, R):  # that g + v − y was 0
-        return ekf.update(belief, functools.partial(missed, seen=seen), jnp.zeros_like(R), R)
+        h = functools.partial(missed, seen=seen)
+        return ekf.update(belief, h, jnp.zeros_like(R), R, config.num_linearizations)
 
     window = jax.tree.map(lambda old, new: jnp.concatenate([old[1:], new[None]]), mind.window, seen)
     mind = mind._replace(window=window, known=jnp.append(mind.known[1:], True))
