@@ -1,6 +1,6 @@
 """iCEM online: plan through a model that goes on learning within the episode, by whatever moves whichever weights.
 
-    y = (x' − x) / σ = g(θ; z) + v,  v ~ N(0, R)      z = standardised (features of x, u), σ the scale of changes  predict
+    y = (x' − x) / σ = g(θ; z) + v,  v ~ N(0, R)      z = standardised (features of x, u), σ scale of changes    predict
       model="mlp"           g a network, pretrained or not
       model="residual"      g = (f(x, u) − x) / σ + network, f the nominal physics
       model="physics"       g = (f(θ; x, u) − x) / σ, θ the environment's hidden Params
