@@ -4,5 +4,5 @@ from algorithms import pets
 
 def get_config():
     config = pets.get_config()
-    config.update(env="cartpole_swingup", env_steps=2000)
+    config.update(env="cartpole_swingup", env_kwargs=dict(process_noise=0.0), env_steps=2000)
     return config
