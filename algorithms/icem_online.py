@@ -163,7 +163,7 @@ class Fixed(NamedTuple):
 
 def fixed_part(key, env, config):
     _, obs = jax.eval_shape(env.reset, jax.random.key(0))
-    x, (net_key, *keys) = jnp.zeros(obs.shape[1:]), jax.random.split(key, 2 + len(config.hidden) + 1)
+    x, (net_key, *keys) = jnp.zeros(obs.shape[1:]), jax.random.split(key, 2 + len(config.hidden))
     z, bases = inputs(x, jnp.zeros(env.action_space.shape), env), {}
     scaling = dict(centre=jnp.zeros_like(z), spread=jnp.ones_like(z), scale=jnp.ones_like(x))
     if config.model == "physics":
@@ -171,11 +171,12 @@ def fixed_part(key, env, config):
     params = dict(weights=network(config, x).init(net_key, z)["params"], scaling=scaling)
     if config.pretrained:
         params = jax.tree.map(jnp.asarray, read_arrays(config.pretrained))
-    for key, (name, layer) in zip(keys, params["weights"].items(), strict=False):
+    layers = params["weights"].items() if "lora" in config.adapt else ()
+    for key, (name, layer) in zip(keys, layers, strict=False):
         U, S, Vt = jnp.linalg.svd(layer["kernel"], full_matrices=False)
         r = min(config.lora_rank, S.size)
         bases[name] = (U * S[None])[:, :r], Vt[:r], jax.random.normal(key, (config.lora_size, r, r)) / r
-    return Fixed(params, bases if "lora" in config.adapt else {})
+    return Fixed(params, bases)
 
 
 def start_of(fixed, config):
@@ -241,13 +242,13 @@ def learn(mind, seen, fixed, env, config):
 
     window = jax.tree.map(lambda old, new: jnp.concatenate([old[1:], new[None]]), mind.window, seen)
     mind = mind._replace(window=window, known=jnp.append(mind.known[1:], True))
-    before = mind.belief.predict(noise=mind.drift_var)
-    if config.forgetting < 1:
+    before = mind.belief.predict(noise=mind.drift_var) if config.learner == "ekf" else mind.belief
+    if config.learner == "ekf" and config.forgetting < 1:  # up to ten times the prior, where nothing is learnt
         before = before.forget(config.forgetting, 10 * config.prior_var * before.mean.size)
     after, info = absorb(before, seen, mind.R)
     if config.learner == "ekf":
         mind = mind._replace(belief=after)
-    if config.noise_rate:
+    if config.learner == "ekf" and config.noise_rate:
         h = functools.partial(missed, seen=seen)
         mind = mind._replace(R=ekf.adapt_R(mind.R, after, h, jnp.zeros_like(mind.R), config.noise_rate),
                              drift_var=ekf.adapt_noise(mind.drift_var, before, after, config.noise_rate))
