@@ -20,7 +20,7 @@ minibatches drawn with replacement, instead of epochs; one λ for all layers; CE
 particle is not finite, or further than FAR from the data, is worth nothing, however good the model believes it to be.
 The planner does not know that episodes end: a cost says by itself what an end is worth.
 
-Expect: configs/pets_cartpole.py, 177 in 2,000 steps, 25 s a seed.
+Expect: configs/pets_cartpole.py, 177.1 [176.7, 177.5] over episodes 8 to 10, 10 seeds, 40 s a seed on two cores.
 """
 import functools
 import pathlib
