@@ -119,8 +119,12 @@ def suggest(name, known):
 
 def config_dict(config) -> dict:
     """As JSON would give it back, so that a stored config compares equal to a fresh one."""
-    return {k: config_dict(v) if hasattr(v, "items") else list(v) if isinstance(v, tuple) else v
-            for k, v in config.items()}
+    def plain(value):
+        if hasattr(value, "items"):
+            return config_dict(value)
+        return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+    return {k: plain(v) for k, v in config.items()}
 
 
 def smoke(config):

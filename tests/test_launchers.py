@@ -14,7 +14,10 @@ import subprocess
 import sys
 import time
 
+import ml_collections
 import pytest
+
+from launchers import cli
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = ("--config=algorithms/ppo.py", "--config.env_steps=2560", "--config.eval_every=640", "--config.num_steps=16",
@@ -40,6 +43,7 @@ PLANTED_ERRORS = {  # and the test that has to notice
                                 "test_a_loss_that_is_not_finite_stops_the_run"),
     "changed config accepted": (CLI, "if old.get(k) != config.get(k)]", "if False]",
                                 "test_a_folder_with_another_run_is_a_mistake"),
+    "pairs stay tuples": (CLI, "[plain(v) for v in value]", "list(value)", "test_a_stored_config_equals_a_fresh_one"),
     "an old run overwritten": (CLI, "if not resume and stored.exists():", "if False:",
                                "test_a_folder_with_another_run_is_a_mistake"),
     "evaluation on other episodes": (TRAIN, "jax.random.key(FLAGS.eval_seed)), sums))", "jax.random.key(i)), sums))",
@@ -283,6 +287,14 @@ def test_evaluate_repeats_the_training_score_and_draws(uninterrupted, launch, tm
     for score, line in zip(final, run.output.splitlines()[1:3], strict=True):
         assert float(line.split()[3]) == pytest.approx(score, abs=1e-3)
     assert {p.name for p in tmp_path.iterdir()} == {"a.gif", "a.png"}
+
+
+def test_a_stored_config_equals_a_fresh_one():
+    """Also one with pairs in a tuple, as a jump of hidden parameters is told."""
+    config = ml_collections.FrozenConfigDict(dict(a=1, b=dict(c=(("x", 0.5), ("y", 1.0)), d="s", e=[1, (2, 3)])))
+    stored = cli.config_dict(config)
+    assert json.loads(json.dumps(stored)) == stored
+    assert stored["b"]["c"] == [["x", 0.5], ["y", 1.0]]
 
 
 TRAIN_EACH = """
