@@ -7,8 +7,8 @@ The first run knows the truth, reward r*; the second never learns. Each is one e
     regret      Σ r* − r; after jump: of the steps since
     closed      1 − IQM(regret) / IQM(regret of the second) of the steps from --within after the jump on, seeds
                 resampled together. No gap: the second's own interval reaches 0, and the ratio would mean nothing
-    back        steps after the jump until the mean r of the last 10 is within 10% of |mean r*| of mean r* or above it,
-                and stays there for 10 more: 10 at the least; the median of seeds
+    back        steps after the jump until the mean r of the last 10 is at most 10% of the mean |r*| below that of r*,
+                and is so to the end: 10 at the least; r and r* are IQMs of the seeds
     nll         of the next state by the run's own model, median over steps
     covered     share of steps whose NIS 95% of right ones stay below;  ms: per step and seed, as it was run
 """
@@ -77,18 +77,19 @@ def closed(late, frozen):
 
 def back(reward, best, span):
     """Steps until `reward` [T, S], from the jump on, is near `best` and stays so; infinite where it never does."""
+    reward, best = (np.array([iqm(row) for row in x]) for x in (reward, best))
     rows = WINDOW // span
-    mean, target = (sliding_window_view(x, rows, axis=0).mean(-1) for x in (reward, best))
-    near = mean >= target - 0.1 * np.abs(target)
-    stays = sliding_window_view(near, rows + 1, axis=0).all(-1)
-    return np.where(stays.any(0), span * (rows + stays.argmax(0)), np.inf)
+    mean, target = (sliding_window_view(x, rows).mean(-1) for x in (reward, best))
+    away = np.flatnonzero(mean < target - 0.1 * np.abs(best).mean())
+    start = away[-1] + 1 if away.size else 0
+    return span * (rows + start) if start < len(mean) else np.inf
 
 
 def cells(run, first, frozen, jump, span):
     at, late = jump // span - 1, (jump + FLAGS.within) // span - 1  # rows up to which regret does not count
     total, after, *own = map(cell, (run.regret[-1], run.regret[-1] - run.regret[at],
                                     np.median(run.metrics["nll"], axis=0), run.metrics["covered"].mean(0)))
-    steps = np.median(back(run.metrics["reward"][at + 1:], first.metrics["reward"][at + 1:], span))
+    steps = back(run.metrics["reward"][at + 1:], first.metrics["reward"][at + 1:], span)
     own = "––" if run is first else own  # it plans with the truth, not with a model of its own
     return (run.name, total, after, closed(*(r.regret[-1] - r.regret[late] for r in (run, frozen))),
             f"{steps:g}" if np.isfinite(steps) else "never", *own, f"{run.ms:.3g}")
