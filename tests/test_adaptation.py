@@ -79,6 +79,7 @@ def launch(tmp_path_factory):
     write(folder / "learner", WEIGHT * (since_jump(2, (5, 4), (15, 0), (30, 4), (100, 0.4)) + uneven))
     write(folder / "lucky", since_jump(0, (100, -3)))
     write(folder / "most_fail", since_jump(0, (100, 4)) * (SEEDS < 5))
+    write(folder / "two_fail", since_jump(0, (100, 4)) * (SEEDS < 2))
     write(folder / "even", since_jump(0, (100, 1)) * (-1.0) ** SEEDS + 0.1)
     write(folder / "other_seeds", since_jump(0), SEEDS + 1)
     write(folder / "other_truth", since_jump(0), jump_step=50)
@@ -111,6 +112,7 @@ def test_every_number_is_right(launch):
         dict(oracle=0, frozen=400, learner=108, lucky=-300, most_fail=300))
     assert {name: row["back"] for name, row in rows.items()} == dict(
         oracle="10", frozen="never", learner="40", lucky="10", most_fail="never")
+    assert table(launch("--runs=oracle,frozen,two_fail", "--markdown"))["two_fail"]["back"] == "10"
     low, high = np.percentile([iqm(600 * WEIGHT[i]) for i in resamples()], [2.5, 97.5])
     assert numbers(rows["frozen"]["regret"])[1:] == pytest.approx([low, high], rel=1e-3)
 
