@@ -1,29 +1,32 @@
-"""Optimisers of action sequences: iCEM, CEM, MPPI, random shooting. Each is one pure function
+"""Optimisers of action sequences: iCEM and CEM. Each is one pure function
 
     (key, cost_fn, carry, low [A], high [A], *, settings) -> (carry, action [A], info)
 
-    cost_fn(actions [H, N, A]) -> [N]   the costs of N plans, time leading; whatever simulates them is its matter
-    carry = initial_carry(...)          what the next step starts from, already shifted by one step. The caller puts a
-                                        fresh one in its place where an episode starts, or old plans leak into it
+    cost_fn(actions [H, N, A]) -> [N]   the costs of N plans; time is the leading axis; the caller simulates them
+    carry = initial_carry(...)          where the next search starts; a search returns it shifted by one step. The
+                                        caller restarts it when an episode starts, else old plans enter the new episode
     info["plan"] [H, A]                 the plan whose first action is `action`
-    info["cost"] [I]                    the best cost that each iteration knew of
+    info["cost"] [I]                    the lowest cost of each iteration, that of its kept elites included
 
-A cost that is not finite is the worst there is, whatever the sign of the others: such a plan never becomes an elite,
-not even when there is nothing else, and never weighs in a mean.
+A cost that is not finite counts as infinite, −∞ included. Such a plan is never an elite and has no weight in a mean,
+also when no plan has a finite cost.
 
-Colours. y = C z turns white z [H] into noise of power f^−β; it equals the FFT method of Timmer and König (1995) as the
-package `colorednoise` normalises it: the constant component is left out of the unit variance, so for H = 30 the real
-standard deviation is 1.03 (β = 0.25), 1.15 (2), 1.20 (3.5). Action dimensions and plans are independent.
+Coloured noise: y = C z turns white z [H] into noise whose power falls as f^−β. It equals the FFT method of Timmer and
+König (1995) with the normalisation of the package `colorednoise`, which leaves the constant component out of the unit
+variance: for H = 30 the true standard deviation is 1.03 (β = 0.25), 1.15 (2), 1.20 (3.5). Action dimensions and plans
+are independent.
 
     Algorithm 1 of iCEM (Pinneri et al., 2020, arXiv:2008.06389)                             here
-     1  μ <- shifted μ of the last step, its last action repeated; σ <- σ_init               shift, icem
+     1  μ <- μ of the last step shifted by one, its last action repeated; σ <- σ_init        shift, icem
      4  N_i <- max(2K, N_{i−1} / γ)                                                          population_sizes
      5  samples <- clip(μ + σ ⊙ C^β(H)), N_i of them                                         icem
-     7  first iteration: and ξK shifted elites of the last step, their last action redrawn   icem
-     9  later iterations: and ξK elites of the one before, with the costs they have          icem
+     7  first iteration: add ξK shifted elites of the last step, with a new last action      icem
+     9  later iterations: add ξK elites of the iteration before, with their known costs      icem
     11  last iteration: the first sample is μ itself                                         icem
-    13  μ, σ <- α (μ, σ) + (1 − α) mean and standard deviation of the K best                 moments
-    14  do the first action of the best plan of the last iteration (or of μ: return_mode)    icem
+    13  μ, σ <- α (μ, σ) + (1 − α) mean and standard deviation of the K elites               moments
+    14  execute the first action of the cheapest plan, or of μ (`return_mode`)               icem
+
+    K num_elites, N_0 num_samples, γ decay, σ_init init_std, β noise_beta, α momentum, ξK the elites in the carry.
 """
 from collections.abc import Callable
 from typing import NamedTuple
@@ -40,26 +43,29 @@ Info = dict[str, jax.Array]
 
 class Carry(NamedTuple):
     mean: jax.Array  # [H, A]
-    elites: jax.Array  # [H, K, A], K = how many plans are kept: ξ times the number of elites
-    costs: jax.Array  # [K], inf where there is no such plan yet
+    elites: jax.Array  # [H, kept_elites, A]
+    costs: jax.Array  # [kept_elites], inf where there is no such plan yet
 
 
-def initial_carry(low: jax.Array, high: jax.Array, horizon: int, num_kept: int = 0) -> Carry:
-    """low, high [A]: the middle of the box at every step and no elites. Only iCEM keeps any."""
+def initial_carry(low: jax.Array, high: jax.Array, horizon: int, kept_elites: int = 0) -> Carry:
+    """low, high [A]: the middle of the box at every step, and no elites yet. CEM keeps none."""
     middle = jnp.float32(low) / 2 + jnp.float32(high) / 2
     mean = jnp.broadcast_to(middle, (horizon, middle.size))
-    elites = jnp.broadcast_to(middle, (horizon, num_kept, middle.size))
-    return Carry(mean, elites, jnp.full(num_kept, jnp.inf, jnp.float32))
+    elites = jnp.broadcast_to(middle, (horizon, kept_elites, middle.size))
+    return Carry(mean, elites, jnp.full(kept_elites, jnp.inf, jnp.float32))
 
 
 def icem(key: jax.Array, cost_fn: CostFn, carry: Carry, low: jax.Array, high: jax.Array, *, num_samples: int,
          num_elites: int, num_iterations: int, init_std: float = 0.5, noise_beta: float = 2.0, decay: float = 1.25,
          momentum: float = 0.1, return_mode: str = "best") -> tuple[Carry, jax.Array, Info]:
-    """`init_std` is in half-widths of the box. `return_mode`: "best" for an exact model, "mean" for a learned one,
-    which the best plan is best at fooling."""
+    """iCEM, Algorithm 1 above.
+
+    `init_std` is in half-widths of the box. `return_mode` "best" executes the cheapest plan: for an exact model. "mean"
+    executes μ: for a learnt model, where the cheapest sample exploits model error.
+    """
     (horizon, num_kept, action_dim), box = carry.elites.shape, (low[None, None], high[None, None])
     sizes = population_sizes(num_samples, num_elites, num_iterations, decay)
-    # All of a plan's noise in one call: the last num_kept columns redraw the last action of the shifted elites.
+    # All noise in one call: the last num_kept columns give the shifted elites their new last action.
     noise = coloured_noise(key, noise_beta, (horizon, sum(sizes) + num_kept, action_dim))
     noise = jnp.split(noise, np.cumsum(sizes), axis=1)
     mean, std = carry.mean, jnp.broadcast_to(init_std * (high - low) / 2, carry.mean.shape)
@@ -69,10 +75,10 @@ def icem(key: jax.Array, cost_fn: CostFn, carry: Carry, low: jax.Array, high: ja
         actions = jnp.clip(mean[:, None] + std[:, None] * noise[i], *box)
         if i == num_iterations - 1:
             actions = jnp.concatenate([mean[:, None], actions[:, 1:]], axis=1)
-        if i == 0:  # the world has moved on since the carried costs were computed
+        if i == 0:  # the carried costs belong to the state of the last step
             actions = jnp.concatenate([actions, elites], axis=1)
-            known = jnp.append(jnp.ones(num_samples, bool), jnp.isfinite(costs))
-            costs = jnp.where(known, evaluate(cost_fn, actions), jnp.inf)
+            exists = jnp.append(jnp.ones(num_samples, bool), jnp.isfinite(costs))
+            costs = jnp.where(exists, evaluate(cost_fn, actions), jnp.inf)
         else:
             costs = jnp.append(evaluate(cost_fn, actions), costs[:num_kept])
             actions = jnp.concatenate([actions, elites[:, :num_kept]], axis=1)
@@ -88,11 +94,11 @@ def icem(key: jax.Array, cost_fn: CostFn, carry: Carry, low: jax.Array, high: ja
 
 def cem(key: jax.Array, cost_fn: CostFn, carry: Carry, low: jax.Array, high: jax.Array, *, num_samples: int,
         num_elites: int, num_iterations: int, momentum: float = 0.1) -> tuple[Carry, jax.Array, Info]:
-    """The CEM of PETS (Chua et al., 2018): normals cut at two standard deviations, two of which fit in the box.
+    """The CEM of PETS (Chua et al., 2018): normals cut at two standard deviations, which always fit in the box.
 
         σ² <- min(σ², (μ − low)² / 4, (high − μ)² / 4),   μ, σ² <- α (μ, σ²) + (1 − α) moments of the elites
 
-    from σ = (high − low) / 4; does the first action of μ. It has no early stop at a small variance.
+    It starts from σ = (high − low) / 4 and executes the first action of μ. The paper also stops at a small variance.
     """
     middle = initial_carry(low, high, 1).mean
     noise = jax.random.truncated_normal(key, -2.0, 2.0, (num_iterations, len(carry.mean), num_samples, low.size))
@@ -112,43 +118,11 @@ def cem(key: jax.Array, cost_fn: CostFn, carry: Carry, low: jax.Array, high: jax
     return carry._replace(mean=jnp.concatenate([mean[1:], middle])), mean[0], {"plan": mean, "cost": best}
 
 
-def mppi(key: jax.Array, cost_fn: CostFn, carry: Carry, low: jax.Array, high: jax.Array, *, num_samples: int,
-         temperature: float, num_iterations: int = 1, init_std: float = 0.5,
-         noise_beta: float = 0.0) -> tuple[Carry, jax.Array, Info]:
-    """Model-predictive path integral control (Williams et al., 2017), its control cost left to `cost_fn`:
-
-        μ <- Σ_n w_n clip(μ + σ ε_n),   w = softmax(−cost / temperature)
-    """
-    std = init_std * (high - low)[None, None] / 2
-    shape = (len(carry.mean), num_iterations * num_samples, low.size)
-    noise = jnp.split(coloured_noise(key, noise_beta, shape), num_iterations, axis=1)
-
-    def iterate(mean, noise):
-        actions = jnp.clip(mean[:, None] + std * noise, low[None, None], high[None, None])
-        costs = evaluate(cost_fn, actions)
-        weight = jax.nn.softmax(-costs / temperature)
-        weighted = jnp.einsum("hna,n->ha", actions, weight)
-        return jnp.where(jnp.isfinite(costs).any(), weighted, mean), costs.min()
-
-    mean, best = lax.scan(iterate, carry.mean, jnp.stack(noise))
-    return carry._replace(mean=shift(mean)), mean[0], {"plan": mean, "cost": best}
-
-
-def random_shooting(key: jax.Array, cost_fn: CostFn, carry: Carry, low: jax.Array, high: jax.Array, *,
-                    num_samples: int) -> tuple[Carry, jax.Array, Info]:
-    """The best of `num_samples` uniform plans; remembers nothing."""
-    shape = (len(carry.mean), num_samples, low.size)
-    actions = jax.random.uniform(key, shape, minval=low[None, None], maxval=high[None, None])
-    best, cost = select(actions, evaluate(cost_fn, actions), 1)
-    plan = jnp.where(jnp.isfinite(cost[0]), best[:, 0], carry.mean)
-    return carry, plan[0], {"plan": plan, "cost": cost}
-
-
 def trajectory_cost(dynamics: Callable, cost: Callable, terminal_cost: Callable, x: jax.Array,
                     actions: jax.Array) -> jax.Array:
     """Σ_t cost(x_t, a_t, x_{t+1}) + terminal_cost(x_H) from x [d] for actions [H, N, A] -> [N].
 
-    `dynamics(x [d], action [A]) -> [d]` and the costs know nothing of N.
+    `dynamics(x [d], action [A]) -> [d]` and the costs are functions of one plan; they are vmapped here.
     """
     def step(carry, action):
         x, total = carry
@@ -190,7 +164,7 @@ def moments(elites: jax.Array, costs: jax.Array, mean: jax.Array, var: jax.Array
 
 
 def shift(plan: jax.Array) -> jax.Array:
-    """[H, ...] one step on, the last action repeated."""
+    """[H, ...] without its first step, the last one repeated."""
     return jnp.concatenate([plan[1:], plan[-1:]])
 
 
@@ -202,7 +176,7 @@ def coloured_noise(key: jax.Array, beta: float, shape: tuple[int, int, int]) -> 
 
 
 def colouring(horizon: int, beta: float) -> np.ndarray:
-    """C [H, H]: column j is what the j-th of H independent normals adds to the series. The identity for beta = 0."""
+    """C [H, H] with C z coloured: column j is the part of the j-th normal in the series. The identity for beta = 0."""
     if beta == 0:
         return np.eye(horizon, dtype=np.float32)
     frequency = np.fft.rfftfreq(horizon)
@@ -219,10 +193,10 @@ def colouring(horizon: int, beta: float) -> np.ndarray:
 
 
 def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normals from 23 bits each. jax.random.normal throws away one of the two words that threefry makes, and
-    on a CPU its hashing is half the time of a plan."""
+    """Standard normals from 23 bits each. jax.random.normal uses one of the two words that threefry makes; its hashing
+    takes half the time of a plan on a CPU."""
     size = int(np.prod(shape))
     bits = threefry_2x32(jax.random.bits(key, (2,)), lax.iota(jnp.uint32, size))
-    bits = lax.optimization_barrier(bits).reshape(shape)  # or the hash is computed again in each of its consumers
+    bits = lax.optimization_barrier(bits).reshape(shape)  # else XLA computes the hash once for each use
     unit = ((bits >> 9).astype(jnp.int32).astype(jnp.float32) + 0.5) * 2.0**-22 - 1  # in (−1, 1), symmetric
     return np.float32(np.sqrt(2)) * lax.erf_inv(unit)

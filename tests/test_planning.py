@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from core import planning
-from core.envs.batch import where
+from core.envs import repeat, restart
 
 FILE = "core/planning.py"
 PLANTED_ERRORS = {
@@ -71,12 +71,17 @@ PLANTED_ERRORS = {
     "CEM repeats the last action": (
         FILE, "jnp.concatenate([mean[1:], middle])", "shift(mean)",
         "test_cem_is_the_algorithm"),
-    "MPPI prefers the worst": (
-        FILE, "jax.nn.softmax(-costs / temperature)", "jax.nn.softmax(costs / temperature)",
-        "test_a_plan_without_a_finite_cost_is_never_elite"),
-    "MPPI without a finite cost": (
-        FILE, "jnp.where(jnp.isfinite(costs).any(), weighted, mean)", "weighted",
-        "test_a_plan_without_a_finite_cost_is_never_elite"),
+    "CEM forgets its momentum": (
+        FILE, "return (mean, momentum * var + (1 - momentum) * elite_var)", "return (mean, 0.1 * var + 0.9 * elite_var)",
+        "test_cem_is_the_algorithm"),
+    "init_std forgotten": (
+        FILE, "jnp.broadcast_to(init_std * (high - low) / 2", "jnp.broadcast_to(0.5 * (high - low) / 2",
+        "test_icem_is_the_algorithm"),
+    "noise_beta forgotten": (
+        FILE, "coloured_noise(key, noise_beta,", "coloured_noise(key, 2.0,", "test_icem_is_the_algorithm"),
+    "decay forgotten": (
+        FILE, "population_sizes(num_samples, num_elites, num_iterations, decay)\n",
+        "population_sizes(num_samples, num_elites, num_iterations, 1.25)\n", "test_icem_is_the_algorithm"),
     "terminal cost forgotten": (
         FILE, "return total + jax.vmap(terminal_cost)(x)", "return total",
         "test_the_cost_of_a_trajectory_is_the_sum_over_its_steps"),
@@ -89,9 +94,7 @@ LOW, HIGH = jnp.float32([-1.0, -2.0]), jnp.float32([1.0, 3.0])
 SMALL = dict(num_samples=40, num_elites=6, num_iterations=3)
 PLANNERS = {
     "icem": functools.partial(planning.icem, **SMALL),
-    "cem": functools.partial(planning.cem, **SMALL),
-    "mppi": functools.partial(planning.mppi, num_samples=40, num_iterations=3, temperature=0.5),
-    "random": functools.partial(planning.random_shooting, num_samples=40),
+    "cem": functools.partial(planning.cem, **SMALL, momentum=0.2),
 }
 
 
@@ -235,9 +238,9 @@ def test_environments_under_vmap_plan_as_alone_and_a_reset_forgets_all(name):
     def plan(keys, carry, x):
         return jax.vmap(alone)(keys, carry, x)
 
-    fresh, x = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), fresh_carry()), jnp.float32([0.3, -0.5])
+    fresh, x = repeat(fresh_carry(), 2), jnp.float32([0.3, -0.5])
     first, _, _ = plan(jax.random.split(jax.random.key(0), 2), fresh, x)
-    reset = jax.tree.map(functools.partial(where, jnp.array([True, False])), fresh, first)
+    reset = restart(jnp.array([True, False]), fresh, first)
     after, action, _ = plan(jax.random.split(jax.random.key(1), 2), reset, x)
     for i, start in enumerate((fresh_carry(), jax.tree.map(lambda leaf: leaf[1], first))):
         expected, expected_action, _ = alone(jax.random.split(jax.random.key(1), 2)[i], start, x[i])
@@ -257,8 +260,7 @@ def riccati(a, b, q, r):
     (functools.partial(planning.icem, num_samples=400, num_elites=40, num_iterations=8), 0.05),
     (functools.partial(planning.icem, num_samples=400, num_elites=40, num_iterations=8, return_mode="mean"), 0.04),
     (functools.partial(planning.cem, num_samples=400, num_elites=40, num_iterations=15), 0.005),
-    (functools.partial(planning.mppi, num_samples=500, num_iterations=20, temperature=0.03, init_std=0.1), 0.03),
-], ids=["icem best", "icem mean", "cem", "mppi"])
+], ids=["icem best", "icem mean", "cem"])
 def test_the_first_action_is_the_riccati_action(planner, atol):
     """Two coupled masses and two forces; the terminal cost is Riccati's, so a short horizon is exact."""
     a = np.eye(4) + 0.2 * np.eye(4, k=2) - 0.05 * np.eye(4, k=-2)
@@ -326,30 +328,10 @@ def test_cem_is_the_algorithm():
         assert (plans >= low - 1e-5).all() and (plans <= high + 1e-5).all()
         costs = np.asarray(rugged(jnp.asarray(plans)))
         elites = plans[:, np.argsort(costs)[:6]]
-        mean, var = 0.1 * mean + 0.9 * elites.mean(axis=1), 0.1 * var + 0.9 * elites.var(axis=1)
+        mean, var = 0.2 * mean + 0.8 * elites.mean(axis=1), 0.2 * var + 0.8 * elites.var(axis=1)
     np.testing.assert_allclose(info["plan"], mean, atol=1e-5)
     np.testing.assert_allclose(action, mean[0], atol=1e-5)
     np.testing.assert_allclose(carry.mean, np.concatenate([mean[1:], [(low + high) / 2]]), atol=1e-5)
-
-
-def test_mppi_weighs_by_the_exponential_of_the_cost():
-    key, low, high = jax.random.key(4), np.asarray(LOW), np.asarray(HIGH)
-    carry, action, _ = planning.mppi(key, rugged, fresh_carry(), LOW, HIGH, num_samples=50, temperature=0.7)
-    noise = np.asarray(planning.coloured_noise(jax.random.clone(key), 0.0, (6, 50, 2)))
-    plans = np.clip(np.asarray(fresh_carry().mean)[:, None] + (high - low) / 4 * noise, low, high)
-    weight = np.exp(-np.asarray(rugged(jnp.asarray(plans))) / 0.7)
-    mean = (plans * weight[:, None]).sum(axis=1) / weight.sum()
-    np.testing.assert_allclose(action, mean[0], atol=1e-5)
-    np.testing.assert_allclose(carry.mean, np.concatenate([mean[1:], mean[-1:]]), atol=1e-5)
-
-
-def test_random_shooting_takes_the_best_of_its_plans():
-    key = jax.random.key(4)
-    carry, action, info = PLANNERS["random"](key, rugged, fresh_carry(), LOW, HIGH)
-    plans = jax.random.uniform(jax.random.clone(key), (6, 40, 2), minval=LOW[None, None], maxval=HIGH[None, None])
-    np.testing.assert_array_equal(info["plan"], plans[:, rugged(plans).argmin()])
-    np.testing.assert_array_equal(action, info["plan"][0])
-    np.testing.assert_array_equal(carry.mean, fresh_carry().mean)
 
 
 def test_the_cost_of_a_trajectory_is_the_sum_over_its_steps():
