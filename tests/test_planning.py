@@ -72,7 +72,8 @@ PLANTED_ERRORS = {
         FILE, "jnp.concatenate([mean[1:], middle])", "shift(mean)",
         "test_cem_is_the_algorithm"),
     "CEM forgets its momentum": (
-        FILE, "return (mean, momentum * var + (1 - momentum) * elite_var)", "return (mean, 0.1 * var + 0.9 * elite_var)",
+        FILE, "return (mean, momentum * var + (1 - momentum) * elite_var)",
+        "return (mean, 0.1 * var + 0.9 * elite_var)",
         "test_cem_is_the_algorithm"),
     "init_std forgotten": (
         FILE, "jnp.broadcast_to(init_std * (high - low) / 2", "jnp.broadcast_to(0.5 * (high - low) / 2",
