@@ -1,4 +1,4 @@
-"""Dual control of a pursuer with a hidden cost, the belief about the cost itself: four log-weights, R = I."""
+"""Dual control of a pursuer with a hidden cost, the belief about the cost itself: four log-weights, R = 1."""
 from algorithms import ekf_lqr
 
 

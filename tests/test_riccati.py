@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from core import riccati
+from core.envs import riccati
 
-RICCATI = "core/riccati.py"
+RICCATI = "core/envs/riccati.py"
 PLANTED_ERRORS = {
     "too few doublings": (RICCATI, "DOUBLINGS = 12", "DOUBLINGS = 6"),
     "H downdated": (RICCATI, "symmetric(H + (right @ A).T", "symmetric(H - (right @ A).T"),

@@ -20,6 +20,7 @@ import numpy as np
 
 from core.envs import hidden
 from core.envs.interface import Box
+from core.render import BLACK, BLUE, GREY, Circle, Line, Scene
 
 GRAVITY = 9.8
 MAX_POSITION, MAX_ANGLE = 2.4, np.pi / 15
@@ -46,6 +47,10 @@ class Env:
     drift: float = 0.0
     process_noise: float = 0.0
     observation_noise: float = 0.0
+    reveal: bool = False
+
+    shown = {"log cart mass, log force": (0, 3), "log pole mass, log half length": (1, 2)}
+    __post_init__, reset, unknown = hidden.check, hidden.reset, hidden.unknown
 
     @property
     def action_space(self):
@@ -60,9 +65,6 @@ class Env:
 
     def start(self, key: jax.Array) -> jax.Array:
         return jax.random.uniform(key, (4,), minval=-0.05, maxval=0.05)
-
-    def reset(self, key):
-        return hidden.reset(self, key)
 
     def step(self, key, state, action):
         state, step = hidden.step(self, key, state, action)
@@ -84,6 +86,20 @@ class Env:
 
     def terminal_cost(self, x: jax.Array) -> jax.Array:
         return jnp.zeros(())
+
+    def draw(self, state):
+        (position, _, angle, _), length = state.x, 2 * np.exp(state.params.log_half_length)  # of the pole as it is
+        cart, tip = np.array([position, 0.0]), np.array([position + length * np.sin(angle), length * np.cos(angle)])
+        body = np.array([(-0.2, -0.1), (0.2, -0.1), (0.2, 0.1), (-0.2, 0.1), (-0.2, -0.1)])
+        ends = [Line([(x, -0.2), (x, 0.2)], GREY) for x in (-MAX_POSITION, MAX_POSITION)]
+        return Scene((-2.8, -1.4), (2.8, 1.4), [
+            *ends, Line([(-MAX_POSITION, 0), (MAX_POSITION, 0)], GREY, 1), Line(cart + body, BLACK),
+            Line([cart, tip], BLACK, 3), Circle(tip, 0.06, BLUE, label="tip")])
+
+    def place(self, x):
+        """The tip of a pole of the nominal length."""
+        length = 2 * self.half_length
+        return jnp.stack([x[0] + length * jnp.sin(x[2]), length * jnp.cos(x[2])])
 
 
 def standing(x: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ import numpy as np
 
 from core.envs import hidden
 from core.envs.interface import Box
+from core.render import BLACK, BLUE, GREEN, GREY, Circle, Line, Scene
 
 GRAVITY = 9.81
 INERTIA_RATIO = 0.417889  # I / (m l²) of a capsule of radius 0.049 and length 0.6
@@ -52,6 +53,10 @@ class Env:
     drift: float = 0.0
     process_noise: float = 0.0
     observation_noise: float = 0.0
+    reveal: bool = False
+
+    shown = {"log cart mass, log pole mass": (0, 1), "log gain, log half length": (3, 2)}
+    __post_init__, reset, step, unknown = hidden.check, hidden.reset, hidden.step, hidden.unknown
 
     @property
     def action_space(self):
@@ -66,12 +71,6 @@ class Env:
 
     def start(self, key: jax.Array) -> jax.Array:
         return 0.1 * jax.random.normal(key, (4,))
-
-    def reset(self, key):
-        return hidden.reset(self, key)
-
-    def step(self, key, state, action):
-        return hidden.step(self, key, state, action)
 
     def dynamics(self, params: Params, x: jax.Array, action: jax.Array) -> jax.Array:
         """[4], [1] -> [4]."""
@@ -110,6 +109,20 @@ class Env:
     def features(self, x: jax.Array) -> jax.Array:
         """[..., 4] -> [..., 5]: sin θ, cos θ, x, x', θ'."""
         return jnp.concatenate([jnp.sin(x[..., 1:2]), jnp.cos(x[..., 1:2]), x[..., :1], x[..., 2:]], axis=-1)
+
+    def draw(self, state):
+        (position, angle, _, _), length = state.x, 2 * np.exp(state.params.log_half_length)  # of the pole as it is
+        cart, tip = np.array([position, 0.0]), np.array([position - length * np.sin(angle), -length * np.cos(angle)])
+        low, high = np.minimum((-1.2, -1.2), cart - 0.5), np.maximum((1.2, 1.2), cart + 0.5)
+        body = np.array([(-0.15, -0.08), (0.15, -0.08), (0.15, 0.08), (-0.15, 0.08), (-0.15, -0.08)])
+        return Scene(low, high, [
+            Line([(low[0], 0), (high[0], 0)], GREY, 1), Circle((0, self.length), 0.1, GREEN, filled=False),
+            Line(cart + body, BLACK), Line([cart, tip], BLACK, 3), Circle(tip, 0.05, BLUE, label="tip")])
+
+    def place(self, x):
+        """The tip of a pole of the nominal length."""
+        length = 2 * self.half_length
+        return jnp.stack([x[0] - length * jnp.sin(x[1]), -length * jnp.cos(x[1])])
 
 
 def advance(state, slope, dt):

@@ -37,8 +37,10 @@ class Env:
     drift: float = 0.0
     process_noise: float = 0.0
     observation_noise: float = 0.0
+    reveal: bool = False
 
-    informative = (1,)  # entries of x' that Params reach, less multiples of others
+    __post_init__, reset, step, unknown = hidden.check, hidden.reset, hidden.step, hidden.unknown
+    informative = (1,)
     shown = {"log damping, log inertia": (0, 1)}
 
     @property
@@ -55,12 +57,6 @@ class Env:
 
     def start(self, key: jax.Array) -> jax.Array:
         return jnp.float32([0.1, 0.0])
-
-    def reset(self, key):
-        return hidden.reset(self, key)
-
-    def step(self, key, state, action):
-        return hidden.step(self, key, state, action)
 
     def dynamics(self, params: Params, x: jax.Array, action: jax.Array) -> jax.Array:
         """[2], [1] -> [2]."""

@@ -43,8 +43,10 @@ class Env:
     drift: float = 0.0
     process_noise: float = 0.0
     observation_noise: float = 0.0
+    reveal: bool = False
 
-    informative = (0, 1, 2, 3)  # entries of x' that Params reach, less multiples of others
+    __post_init__, reset, step, unknown = hidden.check, hidden.reset, hidden.step, hidden.unknown
+    informative = (0, 1, 2, 3)
     shown = {"a_13, a_24": (2, 7), "a_33, a_44": (10, 15), "b_31, b_42": (20, 23)}
 
     @property
@@ -61,12 +63,6 @@ class Env:
 
     def start(self, key: jax.Array) -> jax.Array:
         return jnp.append(self.start_width * jax.random.uniform(key, (2,), minval=-1.0), jnp.zeros(2))
-
-    def reset(self, key):
-        return hidden.reset(self, key)
-
-    def step(self, key, state, action):
-        return hidden.step(self, key, state, action)
 
     def dynamics(self, params: Params, x: jax.Array, action: jax.Array) -> jax.Array:
         """[4], [2] -> [4]."""

@@ -55,8 +55,10 @@ class Env:
     drift: float = 0.0
     process_noise: float = 0.0
     observation_noise: float = 0.0
+    reveal: bool = False
 
-    informative = (5,)  # entries of x' that Params reach, less multiples of others
+    __post_init__, reset, step, unknown = hidden.check, hidden.reset, hidden.step, hidden.unknown
+    informative = (5,)
     shown = {"log headway, log braking": (0, 1), "log alertness, log reach": (2, 3)}
 
     @property
@@ -74,12 +76,6 @@ class Env:
 
     def start(self, key: jax.Array) -> jax.Array:
         return jnp.float32([8.0, -3.5, 12.0, 0.0, 15.0, 10.0])
-
-    def reset(self, key):
-        return hidden.reset(self, key)
-
-    def step(self, key, state, action):
-        return hidden.step(self, key, state, action)
 
     def dynamics(self, params: Params, x: jax.Array, action: jax.Array) -> jax.Array:
         """[6], [2] -> [6]."""

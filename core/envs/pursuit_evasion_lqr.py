@@ -5,11 +5,15 @@
     a_p = −G (x_p − x_e) of the regulator of infinite horizon for the same A, B, Q, R, if `infinite_horizon`
     cost = −|p_e − p_p|² + 10 |u|² + |p_e|²,   terminal −|p_e − p_p|²
 
-Hidden are the logarithms of the diagonals of Q (4) and R (2). They act through G [2, 4] alone: at most 4 of the 6 (8 of
-the 20 numbers of full Cholesky factors) can be told from what the pursuer does, so `gain_error` is the measure, never a
-norm of the parameters. In G the next state is exactly linear. A belief may be about either, or about any Q and R:
+Hidden are the logarithms of the diagonals of Q (4) and R (2). The pursuer's actions depend on them through G [2, 4]
+alone: at most 4 of the 6 numbers (8 of the 20 of full Cholesky factors) can be found from its actions. So `gain_error`
+is the measure, never a norm of the parameters. A belief may be about
 
-    dynamics(params, x, u) = pursue(gain_of(params), x, u),    pursue(gain(L Lᵀ, M Mᵀ), x, u)
+    about="params"    θ = φ = Params                                                                        unknown
+    about="gain"      θ = φ = G: x' is linear in G, so a Kalman filter is exact
+    about="cost"      θ = log Q with R = 1, φ = G: only the ratio of Q to R can be found
+
+and the dynamics take any gain: dynamics(params, x, u) = pursue(gain_of(params), x, u), pursue(gain(Q, R), x, u).
 
 Positions start in U(−10, 10)², velocities at 0. Starts, horizon and prior follow Palafox et al. (2026,
 arXiv:2601.21988).
@@ -21,8 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from core import riccati
-from core.envs import hidden, particles
+from core.envs import hidden, particles, riccati
 from core.envs.interface import Box
 from core.render import BLUE, GREY, REDS, Circle, Scene
 
@@ -48,8 +51,10 @@ class Env:
     drift: float = 0.0
     process_noise: float = 0.0
     observation_noise: float = 0.0
+    reveal: bool = False
 
-    informative = (6, 7)  # entries of x' that Params reach, less multiples of others
+    __post_init__, reset, step = hidden.check, hidden.reset, hidden.step
+    informative = (6, 7)  # v_p'; Params move p_p' too, by dt / 2 times as much, so it tells nothing new
     shown = {"log_q in x: position, velocity": (0, 2), "log_q in y: position, velocity": (1, 3)}
 
     @property
@@ -68,15 +73,26 @@ class Env:
         evader, pursuer = jax.random.uniform(key, (2, 2), minval=-self.half_width, maxval=self.half_width)
         return jnp.concatenate([evader, jnp.zeros(2), pursuer, jnp.zeros(2)])
 
-    def reset(self, key):
-        return hidden.reset(self, key)
-
-    def step(self, key, state, action):
-        return hidden.step(self, key, state, action)
-
     def dynamics(self, params: Params, x: jax.Array, action: jax.Array) -> jax.Array:
         """[8], [2] -> [8]."""
         return self.pursue(self.gain_of(params), x, action)
+
+    def unknown(self, about: str = "params") -> hidden.Unknown:
+        system = hidden.unknown(self, about, ("params", "gain", "cost"))
+        if about == "params":
+            def error(phi, truth):
+                return self.gain_error(self.gain_of(Params(phi[:4], phi[4:])), truth)
+
+            return system._replace(error=error, error_name="gain_error")
+        system = system._replace(
+            guess=self.gain_of(self.guess), reduce=jnp.ravel, truth=lambda params: self.gain_of(params).ravel(),
+            dynamics=lambda phi, x, action: self.pursue(phi.reshape(2, 4), x, action),
+            error=lambda phi, params: self.gain_error(phi.reshape(2, 4), params), error_name="gain_error",
+            shown={"gain in x: position, velocity": (0, 2), "gain in y: position, velocity": (5, 7)})
+        if about == "gain":
+            return system
+        return system._replace(guess=self.guess.log_q,
+                               reduce=lambda log_q: self.gain_of(Params(log_q, jnp.zeros(2))).ravel())
 
     def pursue(self, gain: jax.Array, x: jax.Array, action: jax.Array) -> jax.Array:
         """gain [2, 4], x [8], action [2] -> x [8]; in scalars, so that a population of x makes vectors of them."""

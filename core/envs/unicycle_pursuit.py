@@ -27,6 +27,7 @@ import numpy as np
 
 from core.envs import hidden
 from core.envs.interface import Box
+from core.render import BLUE, REDS, Circle, Line, Scene
 
 EFFORT, SLOWNESS = 0.2, 0.1  # weights of the pursuer's controls and of its speed
 
@@ -49,8 +50,10 @@ class Env:
     drift: float = 0.0
     process_noise: float = 0.0
     observation_noise: float = 0.0
+    reveal: bool = False
 
-    informative = (6, 7)  # entries of x' that Params reach, less multiples of others
+    __post_init__, reset, step, unknown = hidden.check, hidden.reset, hidden.step, hidden.unknown
+    informative = (6, 7)
 
     @property
     def action_space(self):
@@ -66,12 +69,6 @@ class Env:
 
     def start(self, key: jax.Array) -> jax.Array:
         return jnp.float32([-5.0, -5.0, 0.0, 0.0, 5.0, 5.0, 0.0, 0.0])
-
-    def reset(self, key):
-        return hidden.reset(self, key)
-
-    def step(self, key, state, action):
-        return hidden.step(self, key, state, action)
 
     def dynamics(self, params: Params, x: jax.Array, action: jax.Array) -> jax.Array:
         """[8], [2] -> [8]."""
@@ -118,3 +115,14 @@ class Env:
 
     def terminal_cost(self, x: jax.Array) -> jax.Array:
         return -((x[0] - x[4]) ** 2) - (x[1] - x[5]) ** 2
+
+    def draw(self, state):
+        evader, pursuer, heading = state.x[:2], state.x[4:6], state.x[7]
+        low, high = np.minimum(evader, pursuer) - 1, np.maximum(evader, pursuer) + 1
+        nose = pursuer + 0.8 * np.array([np.cos(heading), np.sin(heading)])
+        return Scene(np.minimum(-6, low), np.maximum(6, high), [
+            Circle(evader, 0.25, BLUE, label="evader"), Line([pursuer, nose], REDS[0], 3),
+            Circle(pursuer, 0.3, REDS[0], label="pursuer")])
+
+    def place(self, x):
+        return x[4:6]
