@@ -29,16 +29,18 @@ def permutation(key: jax.Array, n: int) -> jax.Array:
 class Dataset(struct.PyTreeNode):
     """N transitions, one episode after another, each in the order of time: leaves [N, ...].
 
-    Among them `terminated` and `truncated`. An episode stops at either, and where the data stop.
+    Among them `terminated` and `truncated`. An episode stops at either, and where the data stop. An offline method gets
+    it in the place of an environment: an argument of the compiled program, shared by all seeds.
     """
 
     data: dict[str, Any]
     starts: jax.Array  # [N] all steps, those with most steps left first: the possible starts of every window lead
     left: jax.Array  # [N] how many steps those have left in their episode, themselves included
     longest: int = struct.field(pytree_node=False)
+    action_space: Any = struct.field(pytree_node=False, default=None)  # Discrete or Box of the environment it is from
 
     @classmethod
-    def create(cls, data: dict[str, Any]) -> "Dataset":
+    def create(cls, data: dict[str, Any], action_space: Any = None) -> "Dataset":
         sizes = {name: len(leaf) for name, leaf in flatten_dict(data, sep="/").items()}
         if missing := {"terminated", "truncated"} - sizes.keys():
             raise UserError(f'a dataset says where its episodes end: "{min(missing)}" is missing')
@@ -50,7 +52,8 @@ class Dataset(struct.PyTreeNode):
         last = last_steps(data)
         left = last[np.searchsorted(last, np.arange(n))] - np.arange(n) + 1
         starts = np.argsort(-left, kind="stable")
-        return cls(jax.tree.map(jnp.asarray, data), jnp.int32(starts), jnp.int32(left[starts]), int(left.max()))
+        return cls(jax.tree.map(jnp.asarray, data), jnp.int32(starts), jnp.int32(left[starts]), int(left.max()),
+                   action_space)
 
     @property
     def size(self) -> int:
@@ -78,15 +81,15 @@ class Dataset(struct.PyTreeNode):
             raise UserError(f"no {fraction} of {count} episodes can be held out: say 0 < holdout < 1, of two or more")
         taken = permutation(key, count)[:np.clip(round(fraction * count), 1, count - 1)]
         held_out = np.isin(episode, taken)
-        return (Dataset.create(jax.tree.map(lambda x: x[~held_out], self.data)),
-                Dataset.create(jax.tree.map(lambda x: x[held_out], self.data)))
+        return tuple(Dataset.create(jax.tree.map(lambda x, rows=rows: x[rows], self.data), self.action_space)
+                     for rows in (~held_out, held_out))
 
     def save(self, path: str | os.PathLike) -> None:
         write_arrays(path, self.data)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "Dataset":
-        return cls.create(read_arrays(path))
+    def load(cls, path: str | os.PathLike, action_space: Any = None) -> "Dataset":
+        return cls.create(read_arrays(path), action_space)
 
 
 def last_steps(data: dict[str, Any]) -> np.ndarray:

@@ -6,14 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from core.envs.interface import TimeStep
+from core.envs.interface import Transition, ended
 
 
-def evaluate(act: Callable, env: Any, key: jax.Array, carry: Any = ()) -> tuple[jax.Array, jax.Array]:
+def evaluate(act: Callable, env: Any, key: jax.Array, carry: Any = (),
+             observe: Callable | None = None) -> tuple[jax.Array, jax.Array]:
     """Undiscounted returns [E] or [E, N] and lengths [E] of exactly one full episode in each of `env`'s E copies.
 
-    `act(carry, obs, key) -> (carry, action)`; `carry` is what the policy remembers at the start of an episode. The
-    episodes are fixed by `key`. Taking the first E episodes to end instead would favour short ones.
+    `act(carry, obs, key) -> (carry, action)`; `carry` is what the policy remembers at the start of an episode;
+    `observe(carry, transition) -> carry` lets it learn within the episode. The episodes are fixed by `key`. To take the
+    first E episodes that end would favour short ones.
     """
     reset_key, key = jax.random.split(key)
     env_state, obs = env.reset(reset_key)
@@ -27,6 +29,8 @@ def evaluate(act: Callable, env: Any, key: jax.Array, carry: Any = ()) -> tuple[
         act_key, env_key = jax.random.split(jax.random.fold_in(key, t))
         carry, action = act(carry, obs, act_key)
         env_state, ts = env.step(env_key, env_state, action)
+        if observe is not None:
+            carry = observe(carry, Transition.of(obs, action, ts))
         total = total + jnp.where(alive.reshape(-1, *(1 for _ in agents)), ts.reward, 0.0)
         return t + 1, env_state, ts.obs, carry, total, length + alive, alive & ~ended(ts)
 
@@ -36,8 +40,22 @@ def evaluate(act: Callable, env: Any, key: jax.Array, carry: Any = ()) -> tuple[
     return total, length
 
 
-def ended(step: TimeStep) -> jax.Array:
-    return step.terminated | step.truncated
+def by_team(returns: jax.Array, teams: tuple[int, ...] | None) -> dict[str, jax.Array]:
+    """{"return": [E]} of returns [E] or [E, N], or with several teams {"return_team0": [E], ...}: the returns of a
+    team's agents are added, those of opponents never."""
+    if returns.ndim == 1:
+        return {"return": returns}
+    teams = np.array(teams if teams is not None else [0] * returns.shape[1])
+    totals = [returns[:, teams == team].sum(axis=1) for team in np.unique(teams)]
+    return {f"return_team{t}": x for t, x in enumerate(totals)} if len(totals) > 1 else {"return": totals[0]}
+
+
+def score(returns: jax.Array, length: jax.Array, teams: tuple[int, ...] | None) -> dict[str, jax.Array]:
+    """Scalars of one seed's evaluation: returns [E] or [E, N], lengths [E]."""
+    totals = by_team(returns, teams)
+    agents = {f"return_agent{n}": r for n, r in enumerate(returns.mean(axis=0))} if returns.ndim == 2 else {}
+    stds = {name.replace("return", "return_std", 1): x.std() for name, x in totals.items()}
+    return {name: x.mean() for name, x in totals.items()} | stds | {"length": length.mean()} | agents
 
 
 def iqm(x: np.ndarray) -> float:
@@ -49,10 +67,20 @@ def iqm(x: np.ndarray) -> float:
 
 
 def summarize(per_seed: np.ndarray, resamples: int = 2000) -> dict[str, Any]:
-    """Mean, IQM and the 95% percentile-bootstrap interval of the IQM over seeds, one value per seed."""
+    """Mean, IQM and the 95% percentile-bootstrap interval of the IQM over seeds, one value per seed. One seed has no
+    interval: None."""
     per_seed = np.asarray(per_seed, np.float64)
     rng = np.random.default_rng(0)  # of the interval only, so that a table comes out the same twice
     samples = rng.choice(per_seed, (resamples, len(per_seed)))
-    low, high = np.percentile([iqm(s) for s in samples], [2.5, 97.5])
-    return dict(mean=float(per_seed.mean()), iqm=iqm(per_seed), ci95=[float(low), float(high)],
-                per_seed=per_seed.tolist())
+    ci95 = np.percentile([iqm(s) for s in samples], [2.5, 97.5]).tolist() if len(per_seed) > 1 else None
+    return dict(mean=float(per_seed.mean()), iqm=iqm(per_seed), ci95=ci95, per_seed=per_seed.tolist())
+
+
+def cell(per_seed: np.ndarray) -> str:
+    """IQM [95% CI] of one value per seed, to print."""
+    return words(summarize(per_seed))
+
+
+def words(summary: dict[str, Any]) -> str:
+    low, high = summary["ci95"] or (None, None)
+    return f"{summary['iqm']:.4g}" + (f" [{low:.4g}, {high:.4g}]" if summary["ci95"] else " (1 seed)")

@@ -1,8 +1,8 @@
 """A run's folder. Local files come first and are complete; W&B mirrors them when asked.
 
-    config.json      what was computed          metrics.csv   a row per evaluation and seed: no clock in it, so that
-    provenance.json  with what, where                         the same config gives the same file, byte for byte
-    summary.json     scores and speed           curve.png     evaluation return against environment steps
+    config.json      what was computed          metrics.csv   a row per seed at every log and evaluation: no seconds in
+    provenance.json  with what, where                         it, so the same config gives the same file, byte for byte
+    summary.json     scores and speed           curve.png     scores against environment steps, or updates
 """
 import csv
 import io
@@ -20,49 +20,62 @@ import numpy as np
 
 from core.errors import UserError
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "distrax", "chex", "numpy", "orbax-checkpoint", "gymnax", "gymnasium")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "distrax", "chex", "numpy", "gymnax", "gymnasium")
 
 
 class Logger:
     """Files of one run. `rows` of an earlier part of it are kept on resume; `wandb_mode` is off, online or offline."""
 
-    def __init__(self, workdir: pathlib.Path, config: dict, flags: dict, seeds: list[int], rows: int | None = None,
-                 wandb_mode: str = "off", clock: str = "env_steps"):
-        self.workdir, self.seeds, self.clock = pathlib.Path(workdir), seeds, clock
+    def __init__(self, workdir: pathlib.Path, config: dict, settings: dict, seeds: list[int], rows: int | None = None,
+                 wandb_mode: str = "off"):
+        self.workdir, self.seeds = pathlib.Path(workdir), seeds
         self.rows = 0 if rows is None else rows
         self.wandb_runs = _wandb_runs(self.workdir, config, seeds, wandb_mode) if wandb_mode != "off" else []
         if rows is None:
-            write(self.workdir / "provenance.json", json.dumps(provenance(flags), indent=1))
+            write(self.workdir / "provenance.json", json.dumps(provenance(settings), indent=1))
             write(self.workdir / "metrics.csv", "")
             write(self.workdir / "config.json", json.dumps(config, indent=1))  # last: it says that here lives a run
         else:
             header_and_rows = (self.workdir / "metrics.csv").read_text().splitlines(keepends=True)[: rows + 1]
             write(self.workdir / "metrics.csv", "".join(header_and_rows))
 
-    def write(self, now: int, per_seed: dict[str, np.ndarray]) -> None:
-        """One row per seed, `now` by the clock; every value of `per_seed` has one entry per seed."""
-        path = self.workdir / "metrics.csv"
+    def write(self, per_seed: dict[str, np.ndarray]) -> None:
+        """One row per seed; every value has one entry per seed. The first column is the clock. NaN is an empty cell."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, [self.clock, "seed", *per_seed], lineterminator="\n")
+        clock, *columns = per_seed
+        writer = csv.DictWriter(text, [clock, "seed", *columns], lineterminator="\n")
         if self.rows == 0:
             writer.writeheader()
         for i, seed in enumerate(self.seeds):
-            row = {k: float(v[i]) for k, v in per_seed.items()}
-            writer.writerow({self.clock: now, "seed": seed} | {k: f"{v:.8g}" for k, v in row.items()})
+            row = {k: v[i].item() for k, v in per_seed.items()}
+            writer.writerow({"seed": seed} | {k: _cell(v) for k, v in row.items()})
             if self.wandb_runs:
-                self.wandb_runs[i].log(row, step=now)
-        with open(path, "a") as file:
+                self.wandb_runs[i].log({k: v for k, v in row.items() if not np.isnan(v)}, step=row[clock])
+        with open(self.workdir / "metrics.csv", "a") as file:
             file.write(text.getvalue())
             file.flush()
             os.fsync(file.fileno())
         self.rows += len(self.seeds)
 
     def close(self, summary: dict[str, Any]) -> None:
+        """`summary["score"]` names the columns that `summary["final"]` is about."""
         write(self.workdir / "summary.json", json.dumps(summary, indent=1))
-        _curve(self.workdir)
+        _curve(self.workdir, summary["score"])
         for i, run in enumerate(self.wandb_runs):
-            run.summary["final"] = summary["final"]["per_seed"][i]
+            for name, row in zip(summary["score"], finals(summary), strict=True):
+                run.summary[f"final_{name}"] = row["per_seed"][i]
             run.finish()
+
+
+def finals(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is in summary["final"], one for each name in summary["score"]: a game between teams has several."""
+    return [summary["final"]] if len(summary["score"]) == 1 else [summary["final"][name] for name in summary["score"]]
+
+
+def _cell(value):
+    if isinstance(value, int):
+        return str(value)
+    return "" if np.isnan(value) else f"{value:.8g}"
 
 
 def write(path: pathlib.Path, text: str) -> None:
@@ -76,14 +89,14 @@ def write(path: pathlib.Path, text: str) -> None:
 
 
 def read_metrics(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-    """{column: [evaluations, seeds]} of metrics.csv."""
+    """{column: [rows, seeds]} of metrics.csv; an empty cell is NaN."""
     with open(pathlib.Path(workdir) / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     num_seeds = len({row["seed"] for row in rows})
-    return {k: np.array([float(row[k]) for row in rows]).reshape(-1, num_seeds) for k in rows[0]}
+    return {k: np.array([float(row[k] or "nan") for row in rows]).reshape(-1, num_seeds) for k in rows[0]}
 
 
-def provenance(flags: dict) -> dict:
+def provenance(settings: dict) -> dict:
     root = pathlib.Path(__file__).parents[1]
 
     def git(*words):
@@ -91,7 +104,7 @@ def provenance(flags: dict) -> dict:
         return run.stdout.strip() if run.returncode == 0 else None
 
     return dict(
-        commit=git("rev-parse", "HEAD"), diff=git("diff", "HEAD"), command=sys.argv, flags=flags,
+        commit=git("rev-parse", "HEAD"), diff=git("diff", "HEAD"), command=sys.argv, settings=settings,
         python=platform.python_version(), versions={p: _version(p) for p in PACKAGES},
         device=jax.devices()[0].device_kind, devices=jax.device_count(), cpus=os.cpu_count(),
         machine=platform.machine(), xla_flags=os.environ.get("XLA_FLAGS", ""),
@@ -118,19 +131,22 @@ def _wandb_runs(workdir, config, seeds, mode):
         for seed in seeds]
 
 
-def _curve(workdir):
+def _curve(workdir, names):
     import matplotlib  # here, because only the end of a run draws
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     metrics = read_metrics(workdir)
-    steps, returns = metrics["env_steps"][:, 0], metrics["return"]
+    clock = "env_steps" if metrics["env_steps"].any() else "updates"
     fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    ax.plot(steps, returns, color="tab:blue", alpha=0.25, linewidth=0.8)
-    label = f"median of {returns.shape[1]} seeds"
-    ax.plot(steps, np.median(returns, axis=1), color="tab:blue", linewidth=2, label=label)
-    ax.set(xlabel="environment steps of a seed", ylabel="evaluation return", title=workdir.absolute().name)
+    for i, name in enumerate(names):
+        rows = np.isfinite(metrics[name]).all(axis=1)
+        steps, values = metrics[clock][rows], metrics[name][rows]
+        ax.plot(steps, values, color=f"C{i}", alpha=0.25, linewidth=0.8)
+        label = f"{name}, median of {values.shape[1]} seeds"
+        ax.plot(np.median(steps, axis=1), np.median(values, axis=1), f"C{i}.-", linewidth=2, label=label)
+    ax.set(xlabel=clock.replace("_", " ") + " of a seed", ylabel="score", title=workdir.absolute().name)
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
     partial = workdir / ".curve.partial.png"

@@ -1,35 +1,79 @@
-"""What the launchers share: reading a config, one-line errors, seeds on devices."""
+"""What the launchers share: a function as a program, one-line errors, configs, sources of experience."""
 import difflib
 import functools
 import importlib
+import inspect
 import json
 import os
 import pathlib
+import re
 import sys
+import typing
 
 import jax
 import tqdm
 from absl import app, flags, logging
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
+from core import minari
+from core.dataset import Dataset
+from core.envs import make_env
 from core.errors import UserError
+from core.evaluation import evaluate
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def run(main):
-    """`main(argv)` as a program: a mistake of the user's, or a full disk, is one line and exit status 2."""
-    def guarded(argv):
+def run(function):
+    """`function` as a program. Its keyword parameters are the flags, `Args:` of its docstring their help, `*names` what
+    the command line gives without a name. A mistake of the user's, or a full disk, is one line and exit status 2."""
+    parameters, positional = define_flags(function)
+
+    def main(argv):
         logging.set_verbosity(logging.WARNING)
         try:
-            return main(argv)
+            if len(argv) > 1 and not positional:
+                raise UserError(f'"{argv[1]}" is not a flag: they begin with --')
+            for name in parameters:
+                if flags.FLAGS[name].default is None and not flags.FLAGS[name].present and name in REQUIRED:
+                    raise UserError(f"--{name} is missing: {' '.join(flags.FLAGS[name].help.split())}")
+            function(*argv[1:], **{name: flags.FLAGS[name].value for name in parameters})
         except UserError as error:
             sys.exit(_fail(str(error)))
         except OSError as error:
             sys.exit(_fail(f"{error.filename or 'writing'}: {error.strerror or error}"))
 
-    app.run(guarded, flags_parser=_parse)
+    app.run(main, flags_parser=_parse)
+
+
+REQUIRED = set()
+
+
+def define_flags(function):
+    """([names], whether there are positional parameters)."""
+    help_of = dict(re.findall(r"^ +(\w+): (.+?)(?=^ +\w+: |\Z)", inspect.getdoc(function), re.M | re.S))
+    makers = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string,
+              list[str]: flags.DEFINE_list}
+    names = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            continue
+        names.append(name)
+        default, kind = parameter.default, parameter.annotation
+        if default is parameter.empty:
+            REQUIRED.add(name)
+            default = None
+        if name == "config":
+            config_flags.DEFINE_config_file("config", None, "An algorithm file, or a file of configs/.")
+            continue
+        text = " ".join(help_of[name].split())
+        if typing.get_origin(kind) is typing.Literal:
+            flags.DEFINE_enum(name, default, list(typing.get_args(kind)), text)
+            continue
+        kind = next((k for k in typing.get_args(kind) if k is not type(None)), kind) if kind not in makers else kind
+        makers[kind](name, default, text)
+    kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
+    return names, inspect.Parameter.VAR_POSITIONAL in kinds
 
 
 def _fail(message):
@@ -47,19 +91,21 @@ def _parse(argv):
         sys.exit(_fail(message))
 
 
-def config_name():
-    """Of the file that --config names, without its folder and ending."""
-    if flags.FLAGS.config is None:
+def config_name(config):
+    """Of the file that --config names, without its folder and ending; from Python, of the algorithm."""
+    if config is None:
         raise UserError("say what to run: --config=configs/….py or --config=algorithms/….py")
-    name = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
+    if "config" not in flags.FLAGS or not flags.FLAGS.is_parsed() or flags.FLAGS["config"].value is not config:
+        return config.algorithm
+    name, *argument = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")
     if not pathlib.Path(name).exists():
         known = [f"{path.parent.name}/{path.name}" for path in ROOT.glob("*/*.py") if path.stem != "__init__"]
-        raise UserError(f"no config {name}; {suggest(name, known)}")
-    return pathlib.Path(name).stem
+        raise UserError(f'no file "{name}"; {suggest(name, known)}')
+    return "_".join([pathlib.Path(name).stem, *argument])
 
 
 def open_folder(folder, config, resume):
-    """A new folder, or with --resume the folder of the very run that is to go on."""
+    """A new folder, or with `resume` the folder of the very run that is to go on."""
     folder = pathlib.Path(folder)
     stored = folder / "config.json"
     if not resume and stored.exists():
@@ -76,21 +122,15 @@ def open_folder(folder, config, resume):
     return folder
 
 
-def stage_folder(name):
+def stage_folder(config, workdir, stage):
     """Of one stage of the pipeline collect, pretrain, finetune."""
-    config = config_name()
-    return pathlib.Path(flags.FLAGS.workdir or f"runs/{config}") / name
+    return pathlib.Path(workdir or f"runs/{config_name(config)}") / stage
 
 
 def section(config, name):
     if name not in config:
         raise UserError(f'the config has no section "{name}": it is none of a learned model that is trained in stages')
     return config[name]
-
-
-def own_flags():
-    return {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])
-            if flag.name != "config"}
 
 
 def progress_bar(unit, total, done=0):
@@ -127,18 +167,102 @@ def config_dict(config) -> dict:
     return {k: plain(v) for k, v in config.items()}
 
 
+def iteration_of(config):
+    """(name of the clock that the budget counts by, what one train_step adds to it)."""
+    if "env_steps" in config:
+        return "env_steps", config.num_envs * config.num_steps
+    return "updates", 1
+
+
 def smoke(config):
     """The same program in seconds: two iterations, two evaluation episodes."""
     config.update(config.get("smoke", {}))
-    iteration = config.num_envs * config.num_steps
-    config.update(env_steps=2 * iteration, eval_every=iteration)
+    clock, iteration = iteration_of(config)
+    config[clock] = config.get("random_steps", 0) + 2 * iteration
+    config.eval_every = iteration
+    if "log_every" in config:
+        config.log_every = iteration
     if "eval_episodes" in config:
-        config.eval_episodes = 2
+        config.eval_episodes = min(config.eval_episodes, 2)
     return config
 
 
+def train_env(config):
+    return make_env(config.env, config.num_envs, **config.get("env_kwargs", {}))
+
+
+def eval_settings(config):
+    """(name, settings) of the environment that a run is evaluated in."""
+    return (config.get("eval_env", config.env),
+            {**config.get("env_kwargs", {}), **config.get("eval_env_kwargs", {})})
+
+
+def eval_env(config, num_envs):
+    name, settings = eval_settings(config)
+    return make_env(name, num_envs, **settings)
+
+
+def source_of(config):
+    """What experience comes from: the data set that the config names, else its environment."""
+    if "dataset" not in config:
+        return train_env(config)
+    env = make_env(config.env, 1, **config.get("env_kwargs", {}))
+    return read_dataset(config.dataset, env)
+
+
+def read_dataset(path, env):
+    """The transitions, if they are of this environment."""
+    if not path.startswith("minari:") and not pathlib.Path(path).exists():
+        raise UserError(f'no data in "{path}": name a file by --config.dataset, or write one by launchers.collect')
+    data = (minari.read(path.removeprefix("minari:")) if path.startswith("minari:") else Dataset.load(path).data)
+    due = dict(obs=jax.eval_shape(env.reset, jax.random.key(0))[1].shape[1:], action=env.action_space.shape)
+    for name in ("obs", "action", "next_obs", "reward"):
+        if name not in data:
+            raise UserError(f'{path} has no "{name}"')
+        if name in due and data[name].shape[1:] != due[name]:
+            raise UserError(f"{path}: {name} {data[name].shape[1:]} where the environment has {due[name]}")
+    return Dataset.create(data, env.action_space)
+
+
+def teams_of(config):
+    """The number of each agent's team, where the evaluation environment has several agents that say so."""
+    name, settings = eval_settings(config)
+    return getattr(make_env(name, 1, **settings).env, "teams", None)
+
+
+def rebind(algorithm, run, env, config):
+    """The run as if it had been started in `env`: its arrays, and what is fixed of that environment. So a planner knows
+    the costs of the environment that it is evaluated in. A run on a data set has nothing of an environment."""
+    if "dataset" in config:
+        return run
+    like = jax.eval_shape(lambda key: algorithm.init(key, env, config), jax.random.key(0))
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(run))
+
+
+def episodes_of(algorithm, config, episodes, eval_seed):
+    """f(run, seed) -> returns [E] or [E, N] and lengths [E] of one seed's evaluation episodes."""
+    def play(run, seed):
+        env = eval_env(config, episodes)
+        run = rebind(algorithm, run, env, config)
+        act, observe = policy(algorithm, run)
+        key = jax.random.fold_in(jax.random.key(eval_seed), seed)
+        return evaluate(act, env, key, start_carry(algorithm, run, episodes), observe)
+
+    return play
+
+
+def start_carry(algorithm, run, num_envs):
+    return algorithm.initial_carry(run, num_envs) if hasattr(algorithm, "initial_carry") else ()
+
+
+def policy(algorithm, run):
+    """(act, observe or None) of one seed's run, as `core.evaluation.evaluate` takes them."""
+    observe = functools.partial(algorithm.observe, run) if hasattr(algorithm, "observe") else None
+    return functools.partial(algorithm.act, run), observe
+
+
 def per_seed(fn, num_seeds, in_axes=0):
-    """vmap over the seed axis. One seed is run as itself: an environment on the host cannot be vmapped."""
+    """vmap over the seed axis. One seed is run as itself: a batch of one axis more is slower on a CPU."""
     if num_seeds > 1:
         return jax.vmap(fn, in_axes=in_axes)
 
@@ -150,17 +274,3 @@ def per_seed(fn, num_seeds, in_axes=0):
         return jax.tree.map(lambda x: x[None], fn(*args))
 
     return alone
-
-
-def seed_shardings(run, num_seeds, num_envs, mesh):
-    """Of every leaf [S, ...]: the seeds over the devices, or, if they do not divide, the environments of each seed."""
-    devices = mesh.size
-    if num_seeds % devices == 0:
-        return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec("devices")), run)
-    if num_envs % devices:
-        raise UserError(f"neither num_seeds = {num_seeds} nor num_envs = {num_envs} divides over {devices} devices")
-    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(None, "devices"))
-    shardings = jax.tree.map(lambda _: whole, run)
-    per_env = {k: jax.tree.map(lambda _: split, getattr(run, k)) for k in ("env_state", "obs")}
-    return shardings._replace(**per_env)
-

@@ -2,106 +2,123 @@
 
     python -m launchers.evaluate --run=runs/x --episodes=100
     python -m launchers.evaluate --run=runs/x --best --gif=episode.gif
-    python -m launchers.evaluate --run=runs/x/checkpoints/step_000000000976 --picture=returns.png
+    python -m launchers.evaluate --run=runs/x/checkpoints/step_000000000976.npz --picture=returns.png
     python -m launchers.evaluate --run=runs/x --cross_play --against=runs/y --picture=matrix.png
 
 Cross-play is for environments with opponents (`teams`): every seed's first team plays every seed's other agents, of
-the same run or of another one. What self-play returns cannot say, a row of this matrix does: who is good at the game.
+the same run or of another one. Self-play cannot say which seed plays well; a row of this matrix does.
 """
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
-from core.envs import make_env
 from core.errors import UserError
-from core.evaluation import evaluate, summarize
+from core.evaluation import by_team, cell, evaluate, score
 from launchers import cli
-from launchers.runs import drawable, figure, load, play, start_carry
-
-FLAGS = flags.FLAGS
-flags.DEFINE_string("run", None, "A run's folder, or one of its checkpoints.", required=True)
-flags.DEFINE_integer("episodes", 100, "Full episodes of each seed.", lower_bound=1)
-flags.DEFINE_integer("eval_seed", 1_000_000, "Fixes the episodes; training evaluates on the default.")
-flags.DEFINE_bool("best", False, "The best checkpoint by evaluation return, where no checkpoint is named.")
-flags.DEFINE_string("gif", None, "Film one episode of the first seed into this file, if the environment can be drawn.")
-flags.DEFINE_string("picture", None, "Draw every episode's return by seed into this file.")
-flags.DEFINE_bool("cross_play", False, "Play every seed's first team against every seed's other agents.")
-flags.DEFINE_string("against", None, "The run that the other agents are from, if not the same.")
-flags.DEFINE_bool("smoke", False, "Two episodes.")
+from launchers.runs import drawable, figure, load, play
 
 TEAMS = ("the first team", "the second team")
 
 
-def main(_):
+def evaluate_run(*, run: str, episodes: int = 100, eval_seed: int = 1_000_000, best: bool = False,
+                 gif: str | None = None, picture: str | None = None, cross_play: bool = False,
+                 against: str | None = None, smoke: bool = False) -> dict[str, np.ndarray]:
+    """Play full episodes of every seed of a run: {column: [S]}, as in metrics.csv.
+
+    Args:
+        run: A run's folder, or one of its checkpoints.
+        episodes: Full episodes of each seed.
+        eval_seed: Fixes the episodes; training evaluates on the default.
+        best: The best checkpoint by evaluation return, where no checkpoint is named.
+        gif: Film one episode of the first seed into this file, if the environment can be drawn.
+        picture: Draw every episode's return by seed into this file.
+        cross_play: Play every seed's first team against every seed's other agents.
+        against: The run that the other agents are from, if not the same.
+        smoke: Two episodes.
+    """
     cli.compilation_cache()
-    episodes = 2 if FLAGS.smoke else FLAGS.episodes
-    algorithm, config, run, meta = load(FLAGS.run, FLAGS.best)
-    env = make_env(config.env, episodes, **config.get("env_kwargs", {}))
-    key, title = jax.random.key(FLAGS.eval_seed), f"{config.algorithm} on {config.env}"
+    episodes = 2 if smoke else episodes
+    if episodes < 1:
+        raise UserError(f"--episodes={episodes}: at least 1")
+    algorithm, config, arrays, meta = load(run, best)
+    name, settings = cli.eval_settings(config)
+    single = drawable(name, **settings) if gif else None  # before any episode is played
+    env, title = cli.eval_env(config, episodes), f"{config.algorithm} on {name}"
     print(f"{title}, iteration {meta['iteration']}, {episodes} episodes a seed")
-    if FLAGS.cross_play:
-        other, other_config, other_run, _ = load(FLAGS.against or FLAGS.run, FLAGS.best)
+    if cross_play:
+        other, other_config, other_arrays, _ = load(against or run, best)
         if (config.env, config.get("env_kwargs")) != (other_config.env, other_config.get("env_kwargs")):
-            raise UserError(f"{FLAGS.run} and {FLAGS.against} are runs in different environments")
-        matrices = cross_play(algorithm, run, other, other_run, env, key)
-        print_matrices(matrices)
-        if FLAGS.picture:
-            draw_matrices(matrices, FLAGS.picture, title)
-        return
-    num_seeds = len(jax.tree.leaves(run)[0])
+            raise UserError(f"{run} and {against} are runs in different environments")
+        matrices = play_all_pairs(algorithm, arrays, other, other_arrays, env, jax.random.key(eval_seed))
+        print_matrices(matrices, against)
+        if picture:
+            draw_matrices(matrices, picture, title)
+        return dict(zip(TEAMS, matrices, strict=True))
 
-    def test(run, key):
-        return evaluate(functools.partial(algorithm.act, run), env, key, start_carry(algorithm, run, episodes))
+    num_seeds = len(jax.tree.leaves(arrays)[0])
+    seeds = jnp.arange(meta["seed"], meta["seed"] + num_seeds)
+    teams = getattr(env.env, "teams", None)
 
-    returns, length = jax.device_get(jax.jit(cli.per_seed(test, num_seeds, (0, None)))(run, key))
-    team = returns if returns.ndim == 2 else returns.sum(2)
-    for seed, (total, steps) in enumerate(zip(team, length, strict=True)):
-        print(f"  seed {seed:3}  return {total.mean():10.3f} ± {total.std():.3f}   length {steps.mean():.1f}")
-    score = summarize(team.mean(1))
-    print(f"  IQM {score['iqm']:.4g}, 95% CI [{score['ci95'][0]:.4g}, {score['ci95'][1]:.4g}]")
-    if FLAGS.picture:
-        draw_returns(team, FLAGS.picture, title)
-    if FLAGS.gif:
+    played = cli.episodes_of(algorithm, config, episodes, eval_seed)
+
+    def test(arrays, seed):
+        returns, length = played(arrays, seed)
+        return by_team(returns, teams), score(returns, length, teams)
+
+    returns, row = jax.device_get(jax.jit(cli.per_seed(test, num_seeds))(arrays, seeds))
+    for i, seed in enumerate(seeds):
+        words = "   ".join(f"{name} {row[name][i]:10.3f} ± {row[name.replace('return', 'return_std', 1)][i]:.3f}"
+                           for name in returns)
+        print(f"  seed {seed:3}  {words}   length {row['length'][i]:.1f}")
+    for name in returns:
+        print(f"  {name}: IQM [95% CI] of {num_seeds} seeds {cell(row[name])}")
+    if picture:
+        draw_returns(returns, picture, title)
+    if gif:
         from core import render
 
-        single = drawable(config.env, **config.get("env_kwargs", {}))
-        states, reward = play(algorithm, jax.tree.map(lambda x: x[0], run), single, key)
-        render.write_gif(FLAGS.gif, render.film(render.scenes(single, states), reward), fps=20)
+        first = cli.rebind(algorithm, jax.tree.map(lambda x: x[0], arrays), cli.eval_env(config, 1), config)
+        states, reward, _ = play(algorithm, first, single, jax.random.fold_in(jax.random.key(eval_seed), meta["seed"]))
+        render.write_gif(gif, render.film(render.scenes(single, states), reward), fps=20)
+    return row
 
 
-def cross_play(algorithm, run, other, other_run, env, key):
+def play_all_pairs(algorithm, run, other, other_run, env, key):
     """[2, S, S'] mean returns of team 0, by seed i of `run`, and of all other agents, by seed j of `other_run`."""
-    if not hasattr(getattr(env, "env", None), "teams"):
+    if not hasattr(env.env, "teams"):
         raise UserError("cross-play needs opponents: this environment has no `teams`, the number of each agent's team")
     first, methods = np.array(env.env.teams) == 0, (algorithm, other)
 
     def test(*runs):
+        policies = [cli.policy(m, r) for m, r in zip(methods, runs, strict=True)]
+
         def act(carry, obs, key):
             keys = jax.random.split(key)
-            moves = [m.act(r, c, obs, k) for m, r, c, k in zip(methods, runs, carry, keys, strict=True)]
+            moves = [act(c, obs, k) for (act, _), c, k in zip(policies, carry, keys, strict=True)]
             carry, (ours, theirs) = zip(*moves, strict=True)
             chosen = first.reshape(1, -1, *(1 for _ in ours.shape[2:]))
             return carry, jnp.where(jnp.broadcast_to(chosen, ours.shape), ours, theirs)
 
-        carry = tuple(start_carry(m, r, env.num_envs) for m, r in zip(methods, runs, strict=True))
-        returns = evaluate(act, env, key, carry)[0].mean(0)
+        def observe(carry, step):
+            return tuple(c if observe is None else observe(c, step)
+                         for (_, observe), c in zip(policies, carry, strict=True))
+
+        carry = tuple(cli.start_carry(m, r, env.num_envs) for m, r in zip(methods, runs, strict=True))
+        returns = evaluate(act, env, key, carry, observe)[0].mean(0)
         return jnp.stack([returns[first].sum(), returns[~first].sum()])
 
     matrix = jax.jit(jax.vmap(jax.vmap(test, (None, 0)), (0, None)))(run, other_run)
     return np.moveaxis(np.asarray(matrix), 2, 0)
 
 
-def print_matrices(matrices):
+def print_matrices(matrices, against):
     for name, matrix in zip(TEAMS, matrices, strict=True):
         print(f"  return of {name}; row: seed of the first team, column: of the second")
         print("\n".join("   " + " ".join(f"{x:8.2f}" for x in row) for row in matrix))
         rows = matrix.mean(1)
         line = f"  mean {rows.mean():.4g}, of a row {rows.min():.4g} to {rows.max():.4g}"
         same = np.eye(*matrix.shape, dtype=bool)
-        if not FLAGS.against and len(matrix) > 1:
+        if not against and len(matrix) > 1:
             line += f"; with partners of its own seed {matrix[same].mean():.4g}, of others {matrix[~same].mean():.4g}"
         print(line)
 
@@ -116,13 +133,14 @@ def draw_matrices(matrices, path, title):
 
 
 def draw_returns(returns, path, title):
-    with figure(path, figsize=(6, 4)) as (_, ax):
-        for seed, total in enumerate(returns):
-            ax.plot(np.full(len(total), seed), total, ".", color="tab:blue", alpha=0.3)
-        ax.plot(range(len(returns)), np.median(returns, axis=1), "_", color="black", markersize=12)
-        ax.set(xlabel="seed", ylabel="return of an episode", title=title)
-        ax.spines[["top", "right"]].set_visible(False)
+    with figure(path, ncols=len(returns), figsize=(6 * len(returns), 4), squeeze=False) as (_, axes):
+        for (name, values), ax in zip(returns.items(), axes[0], strict=True):
+            for seed, total in enumerate(values):
+                ax.plot(np.full(len(total), seed), total, ".", color="tab:blue", alpha=0.3)
+            ax.plot(range(len(values)), np.median(values, axis=1), "_", color="black", markersize=12)
+            ax.set(xlabel="seed", ylabel=f"{name} of an episode", title=title)
+            ax.spines[["top", "right"]].set_visible(False)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(evaluate_run)

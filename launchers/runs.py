@@ -10,16 +10,15 @@ import ml_collections
 import numpy as np
 
 from core import checkpoint
-from core.envs import make_env
+from core.envs import Transition, ended, make_env
 from core.errors import UserError
-from core.evaluation import ended, summarize
 from core.logging import read_metrics
 from launchers import cli
 
 
 def load(path, best=False):
     """(algorithm, config, run [S, ...], meta) of a run's folder or of one of its checkpoints; meta["seed"] is the first
-    of the run's seeds."""
+    of the run's seeds. Of the run only those arrays are read that acting needs; the others are zeros."""
     path = pathlib.Path(path)
     folder = path if (path / "config.json").exists() else path.parent.parent
     if not (folder / "config.json").exists():
@@ -28,72 +27,71 @@ def load(path, best=False):
     num_seeds, seed, _ = (stored.pop(k) for k in ("num_seeds", "seed", "eval_seed"))
     config = ml_collections.FrozenConfigDict(stored)
     algorithm = cli.algorithm_of(config)
-    env = make_env(config.env, config.num_envs, **config.get("env_kwargs", {}))
-    init = cli.per_seed(lambda seed: algorithm.init(jax.random.key(seed), env, config), num_seeds)
+    if not hasattr(algorithm, "act"):
+        raise UserError(f'"{config.algorithm}" in {folder} has no policy: it only fits a model')
+    source = cli.source_of(config)
+    init = cli.per_seed(lambda seed: algorithm.init(jax.random.key(seed), source, config), num_seeds)
     like = jax.eval_shape(init, jnp.arange(num_seeds))
+    needed = read_by_acting(algorithm, like, cli.eval_env(config, 1))
     if path == folder and not checkpoint.steps(folder / "checkpoints"):
         raise UserError(f"{folder} holds no checkpoint yet")
     if path == folder and not best:
-        run, meta = checkpoint.restore_newest(folder / "checkpoints", like)
+        tree, meta = checkpoint.restore_newest(folder / "checkpoints", dict(run=like), dict(run=needed))
     else:
-        run, meta = checkpoint.restore(path if path != folder else checkpoint.best(folder / "checkpoints"), like)
-    return algorithm, config, run, meta | dict(seed=seed)
+        file = path if path != folder else checkpoint.best(folder / "checkpoints")
+        tree, meta = checkpoint.restore(file, dict(run=like), dict(run=needed))
+    return algorithm, config, tree["run"], meta | dict(seed=seed)
 
 
-def start_carry(algorithm, run, num_envs):
-    return algorithm.initial_carry(run, num_envs) if hasattr(algorithm, "initial_carry") else ()
+def read_by_acting(algorithm, like, env):
+    """A tree like the run's [S, ...]: which of its arrays an episode reads. The program of an episode says so."""
+    run = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), like)
+
+    def episode(run, key):
+        act, observe = cli.policy(algorithm, run)
+        (env_state, obs), carry = env.reset(key), cli.start_carry(algorithm, run, 1)
+        carry, action = act(carry, obs, key)
+        _, step = env.step(key, env_state, action)
+        carry = carry if observe is None else observe(carry, Transition.of(obs, action, step))
+        return act(carry, obs, key)
+
+    with jax.debug_key_reuse(False):
+        jaxpr = jax.make_jaxpr(episode)(run, jax.random.key(0)).jaxpr
+    variables = [*jaxpr.outvars, *(variable for eqn in jaxpr.eqns for variable in eqn.invars)]
+    read = {id(variable) for variable in variables}
+    flags = [id(variable) in read for variable in jaxpr.invars[:-1]]
+    return jax.tree.unflatten(jax.tree.structure(like), flags)
 
 
 def play(algorithm, run, env, key, steps=None):
-    """(states [T + 1, ...], reward [T, ...]) of one episode of the unbatched `env`, of its first `steps` at most."""
+    """(states [T + 1, ...], reward [T, ...], carries [T + 1, ...]) of one episode of the unbatched `env`, of its first
+    `steps` at most. Carries are those of one environment, (1, ...)."""
+    act, observe = cli.policy(algorithm, run)
+
     def step(before, key):
         state, obs, carry = before
         act_key, env_key = jax.random.split(key)
-        carry, action = algorithm.act(run, carry, obs[None], act_key)
+        carry, action = act(carry, obs[None], act_key)
         state, ts = env.step(env_key, state, action[0])
-        return (state, ts.obs, carry), (state, ts.reward, ended(ts))
+        if observe is not None:
+            carry = observe(carry, jax.tree.map(lambda x: jnp.asarray(x)[None], Transition.of(obs, action[0], ts)))
+        return (state, ts.obs, carry), (state, ts.reward, carry, ended(ts))
 
     @jax.jit
     def episode(key):
         reset_key, key = jax.random.split(key)
         state, obs = env.reset(reset_key)
+        carry = cli.start_carry(algorithm, run, 1)
         keys = jax.random.split(key, min(steps or env.max_steps, env.max_steps))
-        _, (states, reward, done) = jax.lax.scan(step, (state, obs, start_carry(algorithm, run, 1)), keys)
-        states = jax.tree.map(lambda first, rest: jnp.concatenate([jnp.asarray(first)[None], rest]), state, states)
-        return states, reward, done
+        _, (states, reward, carries, done) = jax.lax.scan(step, (state, obs, carry), keys)
+        states, carries = jax.tree.map(
+            lambda first, rest: jnp.concatenate([jnp.asarray(first)[None], rest]), (state, carry), (states, carries))
+        return states, reward, carries, done
 
-    states, reward, done = episode(key)
+    states, reward, carries, done = episode(key)
     length = int(done.argmax()) + 1 if done.any() else len(reward)
-    return jax.tree.map(lambda x: x[:length + 1], states), reward[:length]
-
-
-def replay(algorithm, config, seeds, index):
-    """The training of a method that is judged by its own run, once more, with the same keys and all its seeds together:
-    (runs of seed `index` [T + 1, ...], what it imagined), T = env_steps of one environment."""
-    env = make_env(config.env, config.num_envs, **config.get("env_kwargs", {}))
-
-    def init(seed):
-        return algorithm.init(jax.random.fold_in(jax.random.key(seed), 0), env, config)
-
-    def train_step(run, seed, i):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), i)
-        return algorithm.train_step(run, key, env, config)[0]
-
-    def look(run):
-        run = jax.tree.map(lambda x: x[index], run)
-        return run, algorithm.imagine(run, env, config)
-
-    @jax.jit
-    def again(seeds):
-        def step(run, i):
-            run = cli.per_seed(train_step, len(seeds), (0, 0, None))(run, seeds, i)
-            return run, look(run)
-
-        run = cli.per_seed(init, len(seeds))(seeds)
-        _, rest = jax.lax.scan(step, run, jnp.arange(config.env_steps // (config.num_envs * config.num_steps)))
-        return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), look(run), rest)
-
-    return jax.device_get(again(jnp.array(seeds)))
+    states, carries = jax.tree.map(lambda x: x[:length + 1], (states, carries))
+    return states, reward[:length], carries
 
 
 def drawable(name, **kwargs):
@@ -102,12 +100,6 @@ def drawable(name, **kwargs):
     if not hasattr(env, "draw"):
         raise UserError(f'environment "{name}" cannot be drawn: it has no draw(state)')
     return env
-
-
-def cell(per_seed):
-    """IQM [95% CI] of values [S], to print."""
-    score = summarize(per_seed)
-    return f"{score['iqm']:.4g} [{score['ci95'][0]:.4g}, {score['ci95'][1]:.4g}]"
 
 
 @contextlib.contextmanager
@@ -127,9 +119,15 @@ def figure(path, **kwargs):
 
 
 def regret(folder, against):
-    """Return of the run `against` less that of `folder`, [evaluations, seeds]: what not knowing cost."""
+    """Reward that the run `against` got more than that of `folder` up to every row, [rows, seeds]: what it cost not to
+    know. Both log `reward`, the mean of a step since the row before."""
     mine, other = read_metrics(folder), read_metrics(against)
+    for path, metrics in ((folder, mine), (against, other)):
+        if "reward" not in metrics:
+            raise UserError(f"{path} logs no reward of its training steps: there is no regret to it")
     for name in ("seed", "env_steps"):
         if not np.array_equal(other[name], mine[name]):
             raise UserError(f"{against} and {folder} differ in {name}: regret is paired by seed and step")
-    return other["return"] - mine["return"]
+    num_envs = json.loads((pathlib.Path(folder) / "config.json").read_text())["num_envs"]
+    span = np.diff(mine["env_steps"], axis=0, prepend=0) / num_envs
+    return np.cumsum((other["reward"] - mine["reward"]) * span, axis=0)

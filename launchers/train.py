@@ -3,246 +3,366 @@
     python -m launchers.train --config=configs/ppo_cartpole.py --config.lr=1e-3 --num_seeds=16 --workdir=runs/x
     python -m launchers.train --config=configs/ppo_cartpole.py --config.lr=1e-3 --num_seeds=16 --workdir=runs/x --resume
 
-Training runs in chunks: one jitted program, its state donated, that takes as many iterations as it is told and returns
-sums, never a value per step. Between chunks the loop below evaluates, logs, saves and draws. Iteration i of seed s
-uses the key fold_in(fold_in(key(s), 1), i), so how a run is cut into chunks changes nothing.
+    from launchers.train import train                      # the same from Python
+    summary = train(ppo_cartpole.get_config(), num_seeds=16, workdir="runs/x")
+
+Training runs in chunks: one compiled program, its state donated, that takes as many iterations as it is told and
+returns sums, never a value per step. Between chunks the loop below evaluates, logs, saves and draws. Iteration i of
+seed s uses the key fold_in(fold_in(key(s), 1), i), so how a run is cut into chunks changes nothing. Seed s is evaluated
+with the key fold_in(key(eval_seed), s): every seed plays episodes of its own, the same at every evaluation.
 """
-import functools
+import concurrent.futures
+import contextlib
 import resource
+import signal
+import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from ml_collections import config_flags
 
 from core import checkpoint
-from core.envs import make_env
 from core.errors import UserError
-from core.evaluation import evaluate, summarize
-from core.logging import Logger, read_metrics
+from core.evaluation import by_team, score, summarize, words
+from core.logging import Logger, finals, read_metrics
 from launchers import cli
 
-FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", None, "An algorithm file, or a file of configs/.")
-flags.DEFINE_integer("seed", 0, "First seed.")
-flags.DEFINE_integer("num_seeds", 1, "Seeds trained together.", lower_bound=1)
-flags.DEFINE_integer("eval_seed", 1_000_000, "Fixes the evaluation episodes.")
-flags.DEFINE_string("workdir", None, "Folder of this run; by default a new one under runs/.")
-flags.DEFINE_bool("resume", False, "Go on from the newest checkpoint in workdir.")
-flags.DEFINE_integer("devices", 0, "Devices to spread the seeds over; a CPU is split into so many. 0: all there are.")
-flags.DEFINE_integer("chunk", 0, "Iterations of one call of the program; 0: about half a second's worth.")
-flags.DEFINE_bool("smoke", False, "Shrink the budget to seconds.")
-flags.DEFINE_enum("wandb", "off", ["off", "offline", "online"], "Mirror the local files to Weights & Biases.")
-flags.DEFINE_string("coordinator", None, "host:port of process 0, where several processes train together.")
-flags.DEFINE_integer("num_processes", 1, "How many they are.")
-flags.DEFINE_integer("process_id", 0, "Which of them this one is.")
+
+def train(config, *, seed: int = 0, num_seeds: int = 1, eval_seed: int = 1_000_000, workdir: str | None = None,
+          resume: bool = False, save_every: float = 30.0, devices: int = 0, chunk: int = 0, smoke: bool = False,
+          wandb: Literal["off", "offline", "online"] = "off", coordinator: str | None = None, num_processes: int = 1,
+          process_id: int = 0) -> dict[str, Any]:
+    """Train all seeds of a config and return what summary.json holds.
+
+    Args:
+        seed: First seed.
+        num_seeds: Seeds trained together.
+        eval_seed: Fixes the evaluation episodes.
+        workdir: Folder of this run; by default a new one under runs/.
+        resume: Go on from the newest checkpoint in workdir.
+        save_every: Seconds between checkpoints, at least; there is one at the end and on SIGTERM, too.
+        devices: Devices to spread the seeds over; a CPU is split into so many. 0: all there are.
+        chunk: Iterations of one call of the program; 0: about half a second's worth.
+        smoke: Shrink the budget to seconds.
+        wandb: Mirror the local files to Weights & Biases.
+        coordinator: host:port of process 0, where several processes train together.
+        num_processes: How many they are.
+        process_id: Which of them this one is.
+    """
+    if num_seeds < 1:
+        raise UserError(f"--num_seeds={num_seeds}: at least 1")
+    workdir = workdir or f"runs/{cli.config_name(config)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    use_devices(devices, coordinator, num_processes, process_id)
+    config = ml_collections.ConfigDict(config.to_dict())
+    config = ml_collections.FrozenConfigDict(cli.smoke(config) if smoke else config)
+    began, seeds = time.perf_counter(), np.arange(seed, seed + num_seeds, dtype=np.int32)
+    job = compile_job(cli.algorithm_of(config), config, seeds, eval_seed, devices or jax.device_count())
+    compile_seconds = time.perf_counter() - began
+
+    stored = cli.config_dict(config) | dict(seed=seed, num_seeds=num_seeds, eval_seed=eval_seed)
+    folder = cli.open_folder(workdir, stored, resume)
+    state = State(job.run, job.zeros(), dict(iteration=0, since=0, rows=None, seconds=0.0))
+    if resume and checkpoint.steps(folder / "checkpoints"):
+        stored_state, meta = checkpoint.restore_newest(folder / "checkpoints", dict(run=job.run, totals=state.totals))
+        state = State(*stored_state.values(), meta)
+    if jax.process_count() > 1:  # all have looked at the folder before one of them writes there
+        multihost_utils.sync_global_devices("the folder is read")
+    lead = jax.process_index() == 0
+    settings = dict(seed=seed, num_seeds=num_seeds, eval_seed=eval_seed, devices=devices, chunk=chunk, smoke=smoke)
+    logger = Logger(folder, stored, settings, seeds.tolist(), state.meta["rows"], wandb) if lead else None
+
+    row, seconds = fit(job, state, folder, logger, save_every, chunk)
+    if row is None and (folder / "summary.json").exists():
+        raise UserError(f"{folder} is finished: its budget of {config[job.clock]:,} {job.clock} is spent")
+    if row is None:  # it was killed between its last checkpoint and its summary
+        row = {k: v[-1] for k, v in read_metrics(folder).items() if k != "seed"}
+    summary = summary_of(job, seeds, row, compile_seconds, seconds) | dict(smoke=smoke)
+    if lead:
+        logger.close(summary)
+        print(table(summary, folder))
+    return summary
 
 
-class Programs(NamedTuple):
-    init: Callable  # seed -> run
-    zeros: Callable  # run -> totals
-    train: Callable  # run, totals, seed, start, stop -> run, totals
-    test: Callable  # run, key -> {measure: value}, "return" among them
+def use_devices(devices, coordinator, num_processes, process_id):
+    if devices < 0:
+        raise UserError(f"--devices={devices}: 0 for all there are, or how many")
+    if devices > 1:
+        with contextlib.suppress(RuntimeError):  # JAX runs already, with the devices it has
+            jax.config.update("jax_num_cpu_devices", devices)
+    if coordinator:
+        if ":" not in coordinator:
+            raise UserError(f"--coordinator={coordinator}: not of the form host:port")
+        jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=60)
+    cli.compilation_cache()
+    if devices > jax.device_count():
+        raise UserError(f"--devices={devices}, but JAX has {jax.device_count()}")
 
 
-def build(algorithm, config, num_seeds):
-    """The programs over the seed axis: every leaf of what they take and give is [S, ...]."""
-    env = make_env(config.env, config.num_envs, **config.get("env_kwargs", {}))
-    learns_as_it_is_judged = hasattr(algorithm, "measure")
-    eval_env = make_env(config.env, config.num_envs if learns_as_it_is_judged else config.eval_episodes,
-                        **{**config.get("env_kwargs", {}), **config.get("eval_env_kwargs", {})})
-    if getattr(env, "on_host", False) and FLAGS.devices > 1:
-        raise UserError(f'environment "{config.env}" runs on the host: --devices=1')
-    if num_seeds > 1 and getattr(env, "on_host", False):
-        raise UserError(f'environment "{config.env}" runs on the host, one seed per process: --num_seeds=1')
+class Job(NamedTuple):
+    """A config as compiled programs over the seed axis: every leaf of what they take and give is [S, ...]."""
 
-    @jax.jit  # so that it is traced once for `zeros` and `train`
-    def train_step(run, key):
-        return algorithm.train_step(run, key, env, config)
+    config: Any
+    clock: str  # what the budget counts: env_steps or updates
+    iteration: int  # what one train_step adds to it
+    run: Any  # the first one, in its place
+    zeros: Callable  # -> totals: sums of info, and the first iteration that was not finite, or −1
+    train: Callable  # run, totals, start, stop -> run, totals
+    test: Callable  # run -> {column: [S]}, of full episodes
+    measure: Callable  # run -> {column: [S]}, of the method's own
+    columns: list[str]  # those of `test`
+    scores: list[str]  # the columns that a run is judged by
+    whole: Callable  # tree -> the same on this process, whole
 
-    def init(seed):
-        return algorithm.init(jax.random.fold_in(jax.random.key(seed), 0), env, config)
 
-    def train(run, totals, seed, start, stop):
+def programs(algorithm, config, num_seeds, eval_seed, source):
+    """(init, train, test, measure, info) over the seed axis. `data` is the data set of an offline method, else nothing:
+    an argument, so that no program holds a copy of it."""
+    offline, played = "dataset" in config, cli.episodes_of(algorithm, config, config.get("eval_episodes", 0), eval_seed)
+
+    @jax.jit  # so that it is traced once for the sums and the loop
+    def train_step(run, key, data):
+        return algorithm.train_step(run, key, data if offline else source, config)
+
+    def init(seed, data):
+        return algorithm.init(jax.random.fold_in(jax.random.key(seed), 0), data if offline else source, config)
+
+    def info(run, data):
+        return train_step(run, jax.random.key(0), data)[1]
+
+    def train(run, totals, seed, data, start, stop):
         key = jax.random.fold_in(jax.random.key(seed), 1)
 
         def iteration(i, state):
             run, (sums, bad) = state
-            run, info = train_step(run, jax.random.fold_in(key, i))
+            run, info = train_step(run, jax.random.fold_in(key, i), data)
             finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(info)]).all()
             return run, (jax.tree.map(jnp.add, sums, info), jnp.where(finite | (bad >= 0), bad, i))
 
         return jax.lax.fori_loop(start, stop, iteration, (run, totals))
 
-    def zeros(run):
-        _, info = jax.eval_shape(train_step, run, jax.random.key(0))
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), info), jnp.int32(-1)
+    def test(run, seed, data):
+        return score(*played(run, seed), cli.teams_of(config))
 
-    def test(run, key):
-        if learns_as_it_is_judged:
-            return algorithm.measure(run, key, eval_env, config)
-        carry = algorithm.initial_carry(run, config.eval_episodes) if hasattr(algorithm, "initial_carry") else ()
-        return score(*evaluate(functools.partial(algorithm.act, run), eval_env, key, carry))
+    def measure(run, seed, data):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(eval_seed), seed), 1)
+        if offline:
+            return algorithm.measure(run, key, data, config)
+        env = cli.eval_env(config, config.num_envs)
+        return algorithm.measure(cli.rebind(algorithm, run, env, config), key, env, config)
 
-    return Programs(
-        cli.per_seed(init, num_seeds), cli.per_seed(zeros, num_seeds),
-        cli.per_seed(train, num_seeds, (0, 0, 0, None, None)), cli.per_seed(test, num_seeds, (0, None)))
+    def nothing(run, seed, data):
+        return {}
 
-
-def compile_programs(programs, seeds, config):
-    """The same programs, compiled, each leaf where it belongs; the first run; its place."""
-    mesh = jax.make_mesh((FLAGS.devices or jax.device_count(),), ("devices",), axis_types=(AxisType.Auto,))
-    whole = NamedSharding(mesh, PartitionSpec())
-    seeds = jax.device_put(np.array(seeds, np.int32), whole)
-    shardings = cli.seed_shardings(jax.eval_shape(programs.init, seeds), len(seeds), config.num_envs, mesh)
-    run = jax.jit(programs.init, out_shardings=shardings)(seeds)
-    zeros = jax.jit(programs.zeros, out_shardings=whole)
-    train = jax.jit(programs.train, donate_argnums=0, out_shardings=(shardings, whole))
-    train = train.lower(run, jax.eval_shape(zeros, run), seeds, 0, 1).compile()
-    test = jax.jit(programs.test, out_shardings=whole).lower(run, jax.random.key(0)).compile()
-    gather = jax.jit(lambda run: run, out_shardings=whole) if jax.process_count() > 1 else lambda run: run
-    return run, gather, Programs(None, zeros, lambda run, totals, *span: train(run, totals, seeds, *span), test)
+    return (cli.per_seed(init, num_seeds, (0, None)),
+            cli.per_seed(train, num_seeds, (0, 0, 0, None, None, None)),
+            cli.per_seed(test if hasattr(algorithm, "act") else nothing, num_seeds, (0, 0, None)),
+            cli.per_seed(measure if hasattr(algorithm, "measure") else nothing, num_seeds, (0, 0, None)),
+            cli.per_seed(info, num_seeds, (0, None)))
 
 
-def train_span(programs, run, start, stop, bar, chunk):
-    """Iterations start .. stop − 1 in chunks: (run, sums over the span). A value that is not finite ends it."""
-    totals, size, i = programs.zeros(run), chunk or 1, start
-    while i < stop:
-        began, upto = time.perf_counter(), min(i + size, stop)
-        run, totals = programs.train(run, totals, i, upto)
-        bad = np.asarray(totals[1])
-        if (bad >= 0).any():
-            seed = FLAGS.seed + int(np.argmax(bad >= 0))
-            raise NotFinite(int(bad.max()), seed)
-        bar.update((upto - i) * bar.per_iteration)
-        size = size if chunk or time.perf_counter() - began > 0.25 else 2 * size
-        i = upto
-    return run, totals[0]
+def compile_job(algorithm, config, seeds, eval_seed, num_devices):
+    (clock, iteration), source = cli.iteration_of(config), cli.source_of(config)
+    if getattr(source, "on_host", False) and num_devices > 1:
+        raise UserError(f'environment "{config.env}" runs on the host: --devices=1')
+    mesh = jax.make_mesh((num_devices,), ("devices",), axis_types=(AxisType.Auto,))
+    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("devices"))
+    by_seed = len(seeds) % num_devices == 0  # every device has seeds of its own and waits for no other
+
+    def spread(program, num_split, num_whole):
+        if num_devices == 1 or not by_seed:
+            return program
+        specs = (split.spec,) * num_split + (whole.spec,) * num_whole
+        return jax.shard_map(program, mesh=mesh, in_specs=specs, out_specs=split.spec, check_vma=False)
+
+    seeds_of_a_device = len(seeds) // num_devices if by_seed else len(seeds)
+    init, train, test, measure, info = programs(algorithm, config, seeds_of_a_device, eval_seed, source)
+    init, train, info = spread(init, 1, 1), spread(train, 3, 3), spread(info, 1, 1)
+    test, measure = spread(test, 2, 1), spread(measure, 2, 1)
+
+    per_seed = split if by_seed else whole
+    seeds, data = jax.device_put(seeds, per_seed), jax.device_put(source if "dataset" in config else (), whole)
+    like = jax.eval_shape(init, seeds, data)
+    places = jax.tree.map(lambda _: split, like) if by_seed else env_places(algorithm, config, like, mesh)
+    like = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like, places)
+    sums = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(info, like, data))
+    totals = jax.device_put((sums, np.full(len(seeds), -1, np.int32)), per_seed)
+
+    lowered = [  # traced one after the other, compiled side by side
+        jax.jit(init, out_shardings=places).lower(seeds, data),
+        jax.jit(train, donate_argnums=(0, 1), out_shardings=(places, per_seed)).lower(like, totals, seeds, data, 0, 1),
+        jax.jit(test, out_shardings=per_seed).lower(like, seeds, data),
+        jax.jit(measure, out_shardings=per_seed).lower(like, seeds, data)]
+    with concurrent.futures.ThreadPoolExecutor(len(lowered)) as threads:
+        init, train, test, measure = threads.map(lambda program: program.compile(), lowered)
+    columns, measures = list(lowered[2].out_info), list(lowered[3].out_info)
+    scores = [name for name in columns if name == "return" or name.startswith("return_team")] or measures[:1]
+    gather = jax.jit(lambda tree: tree, out_shardings=whole) if jax.process_count() > 1 else lambda tree: tree
+    return Job(
+        config, clock, iteration, init(seeds, data), lambda: jax.tree.map(jnp.copy, totals),
+        lambda run, totals, start, stop: train(run, totals, seeds, data, start, stop),
+        lambda run: test(run, seeds, data), lambda run: measure(run, seeds, data), columns, scores, gather)
 
 
-class NotFinite(Exception):
-    """Iteration and seed of the first loss that is NaN or infinite."""
+def env_places(algorithm, config, like, mesh):
+    """Where the leaves [S, ...] of a run lie if its environments are spread over the devices: an axis that doubles with
+    num_envs is theirs."""
+    if config.num_envs % mesh.size:
+        raise UserError(f"neither num_seeds nor num_envs = {config.num_envs} divides over {mesh.size} devices")
+    doubled = ml_collections.FrozenConfigDict(config.to_dict() | dict(num_envs=2 * config.num_envs))
+    source = cli.source_of(doubled)
+    twice = jax.eval_shape(lambda key: algorithm.init(key, source, doubled), jax.random.key(0))
+
+    def place(one, two):
+        axes = ["devices" if a != b else None for a, b in zip(one.shape[1:], two.shape, strict=True)]
+        return NamedSharding(mesh, PartitionSpec(None, *axes))
+
+    leaves = [place(*pair) for pair in zip(jax.tree.leaves(like), jax.tree.leaves(twice), strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def score(returns, length):
-    """Scalars of one seed's evaluation: returns [E] or, summed over a team, [E, N], and lengths [E]."""
-    total = returns if returns.ndim == 1 else returns.sum(axis=1)
-    agents = {} if returns.ndim == 1 else {f"return_agent{n}": r for n, r in enumerate(returns.mean(axis=0))}
-    return {"return": total.mean(), "return_std": total.std(), "length": length.mean()} | agents
+class State(NamedTuple):
+    run: Any
+    totals: Any
+    meta: dict  # iteration; since, that of the last row; rows; seconds of training
 
 
-def metrics_of(tested, totals, iterations):
-    """{column: [S]}: the evaluation, and the means over the `iterations` before it."""
-    sums = dict(totals)
-    episode = {k: v.reshape(len(v), -1).sum(axis=1) for k, v in sums.pop("episode", {}).items()}
-    if episode:
-        count = np.where(episode["count"] > 0, episode["count"], np.nan)
-        tested = tested | dict(train_return=episode["return"] / count, train_length=episode["length"] / count,
-                               train_episodes=episode["count"])
-    return tested | {k: v / iterations for k, v in sums.items()}
+def fit(job, state, folder, logger, save_every, chunk):
+    """All that is left of training: (last row, seconds)."""
+    (run, totals, meta), config = state, job.config
+    i, since, seconds, row, best = meta["iteration"], meta["since"], meta["seconds"], None, -np.inf
+    clock = int(np.asarray(getattr(job.whole(run.clock), job.clock)).max())
+    budget = config[job.clock] - (clock - i * job.iteration)  # less what was taken before the first iteration
+    iterations, alone = budget // job.iteration, jax.process_count() == 1
+    if iterations < 1:
+        raise UserError(f"{job.clock} = {config[job.clock]} leaves no iteration, which takes {job.iteration}")
+    evaluations = stops_of(iterations, budget / config.eval_every)
+    rows = sorted({*evaluations, *stops_of(iterations, budget / config.get("log_every", config.eval_every))})
+    seeds = totals[1].shape[0]
+    bar = cli.progress_bar(f" {job.clock.replace('_', ' ')}", *(n * job.iteration * seeds for n in (iterations, i)))
+    chunk = chunk if alone else iterations  # processes must cut alike; their clocks differ
+    size, writer = chunk or 1, checkpoint.Writer(folder / "checkpoints", save_every)
 
-
-def start():
-    """The devices and the processes of this run; its config."""
-    name = cli.config_name()
-    FLAGS.workdir = FLAGS.workdir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if FLAGS.devices > 1:
-        jax.config.update("jax_num_cpu_devices", FLAGS.devices)
-    if FLAGS.coordinator:
-        jax.distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
-    cli.compilation_cache()
-    return ml_collections.FrozenConfigDict(cli.smoke(FLAGS.config) if FLAGS.smoke else FLAGS.config)
-
-
-def fit(run, gather, programs, config, folder, meta, logger):
-    """All that is left of training: (last metrics row, seconds). Each evaluation is logged, then a checkpoint."""
-    per_iteration, seeds = config.num_envs * config.num_steps, FLAGS.num_seeds
-    iterations, evaluations = config.env_steps // per_iteration, max(1, round(config.env_steps / config.eval_every))
-    stops = [iterations * (k + 1) // evaluations for k in range(evaluations)]
-    bar = cli.progress_bar(" steps", per_iteration * seeds * iterations, per_iteration * seeds * meta["iteration"])
-    bar.per_iteration = per_iteration * seeds
-    chunk = iterations if jax.process_count() > 1 else FLAGS.chunk  # processes must cut alike; their clocks differ
-    i, seconds, row = meta["iteration"], meta["seconds"], None
-    for stop in [stop for stop in stops if stop > i]:
-        began = time.perf_counter()
-        try:
-            run, sums = train_span(programs, run, i, stop, bar, chunk)
-        except NotFinite as bad:
-            iteration, seed = bad.args
-            last = checkpoint.steps(folder)[-1:] or ["none was written yet"]
-            raise UserError(f"a loss is not finite at env step {(iteration + 1) * per_iteration} of seed {seed}; "
-                            f"the last good checkpoint: {last[0]}") from None
-        seconds += time.perf_counter() - began
-        tested, sums = jax.tree.map(np.asarray, (programs.test(run, jax.random.key(FLAGS.eval_seed)), sums))
-        row, i, whole = metrics_of(tested, sums, stop - i), stop, gather(run)
-        bar.set_postfix({"return": f"{row['return'].mean():.4g}"})
+    def save(score=None):
+        saved = job.whole(dict(run=run, totals=totals))
         if logger:
-            logger.write(i * per_iteration, row)
-            meta = dict(iteration=i, rows=logger.rows, seconds=seconds, score=float(row["return"].mean()))
-            checkpoint.save(folder, i, whole, meta)
+            writer.save(i, saved, dict(iteration=i, since=since, rows=logger.rows, seconds=seconds, score=score))
+
+    with sigterm() as told_to_stop:
+        for stop in [stop for stop in rows if stop > i]:
+            while i < stop:
+                began, upto = time.perf_counter(), min(i + size, stop)
+                run, totals = job.train(run, totals, i, upto)
+                check_finite(job, totals, clock - meta["iteration"] * job.iteration, logger, writer)
+                took = time.perf_counter() - began
+                bar.update((upto - i) * job.iteration * seeds)
+                size = size if chunk or took > 0.25 else 2 * size
+                i, seconds = upto, seconds + took
+                if told_to_stop.is_set():
+                    save()
+                    writer.close()
+                    raise SystemExit(f"stopped by SIGTERM after iteration {i}: go on by --resume")
+                if alone and i < stop and writer.due:
+                    save()
+            row = row_of(job, run, totals, stop - since, stop in evaluations)
+            since, totals = stop, job.zeros()
+            if logger:
+                logger.write(row)
+            score = float(row["return"].mean()) if "return" in row and stop in evaluations else None
+            if not alone or stop == rows[-1] or writer.due or (score is not None and score > best and writer.free):
+                save(score)
+                best = best if score is None else max(best, score)
+            bar.set_postfix({name: f"{np.nanmean(row[name]):.4g}" for name in job.scores if stop in evaluations})
+    writer.close()
     bar.close()
     return row, seconds
 
 
-def main(_):
-    config, began = start(), time.perf_counter()
-    seeds = list(range(FLAGS.seed, FLAGS.seed + FLAGS.num_seeds))
-    run, gather, programs = compile_programs(build(cli.algorithm_of(config), config, len(seeds)), seeds, config)
-    compile_seconds = time.perf_counter() - began
-
-    stored = cli.config_dict(config) | dict(seed=FLAGS.seed, num_seeds=FLAGS.num_seeds, eval_seed=FLAGS.eval_seed)
-    workdir = cli.open_folder(FLAGS.workdir, stored, FLAGS.resume)
-    folder, meta = workdir / "checkpoints", dict(iteration=0, rows=None, seconds=0.0)
-    if FLAGS.resume and checkpoint.steps(folder):
-        run, meta = checkpoint.restore_newest(folder, run)
-    if jax.process_count() > 1:  # all have looked at the folder before one of them writes there
-        multihost_utils.sync_global_devices("the folder is read")
-    lead = jax.process_index() == 0
-    logger = Logger(workdir, stored, cli.own_flags(), seeds, meta["rows"], FLAGS.wandb) if lead else None
-
-    row, seconds = fit(run, gather, programs, config, folder, meta, logger)
-    if row is None and (workdir / "summary.json").exists():
-        raise UserError(f"{workdir} is finished: its {config.env_steps} env steps are done")
-    if row is None:  # it was killed between its last checkpoint and its summary
-        row = {k: v[-1] for k, v in read_metrics(workdir).items() if k not in ("env_steps", "seed")}
-    if lead:
-        summary = summary_of(config, seeds, row, compile_seconds, seconds)
-        logger.close(summary)
-        print(table(summary, workdir))
+def stops_of(iterations, count):
+    """The iterations after which something is done `count` times, rounded, at least once: evenly, and at the end."""
+    count = max(1, round(count))
+    return sorted({iterations * (k + 1) // count for k in range(count)} - {0})
 
 
-def summary_of(config, seeds, row, compile_seconds, train_seconds):
-    iterations = config.env_steps // (config.num_envs * config.num_steps)
-    env_steps = iterations * config.num_envs * config.num_steps
-    measures = {k: summarize(v) for k, v in row.items() if k != "return"}
+@contextlib.contextmanager
+def sigterm():
+    """An event that is set by SIGTERM, where Python can listen to it."""
+    told = threading.Event()
+    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
+        yield told
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def check_finite(job, totals, start, logger, writer):
+    bad = np.asarray(job.whole(totals[1]))
+    if (bad < 0).all():
+        return
+    writer.close()
+    index, last = int(np.argmax(bad >= 0)), checkpoint.steps(writer.folder)[-1:] or ["none was written yet"]
+    seed, when = logger.seeds[index] if logger else index, start + (int(bad[index]) + 1) * job.iteration
+    raise UserError(f"a loss is not finite at {job.clock.removesuffix('s').replace('_', ' ')} {when} of seed {seed}; "
+                    f"the last good checkpoint: {last[0]}")
+
+
+def row_of(job, run, totals, iterations, evaluated):
+    """{column: [S]}: the clock, the evaluation or NaN, the method's measures, means over the iterations before."""
+    tested = job.test(run) if evaluated else {}
+    clock, tested, measured, sums = jax.tree.map(
+        np.asarray, job.whole((run.clock._asdict(), tested, job.measure(run), totals[0])))
+    empty = np.full(len(clock[job.clock]), np.nan)
+    row = {job.clock: clock.pop(job.clock)} | clock | {name: tested.get(name, empty) for name in job.columns}
+    return row | measured | means_of(sums, iterations, cli.teams_of(job.config))
+
+
+def means_of(sums, iterations, teams):
+    """{column: [S]} of sums over `iterations`: the means of info, and of the episodes that ended."""
+    sums = dict(sums)
+    episode = sums.pop("episode", None)
+    means = {k: v / iterations for k, v in sums.items()}
+    if episode is None:
+        return means
+    count = np.where(episode["count"] > 0, episode["count"], np.nan)
+    returns = {f"train_{name}": total / count for name, total in by_team(episode["return"], teams).items()}
+    return returns | dict(train_length=episode["length"] / count, train_episodes=episode["count"]) | means
+
+
+def summary_of(job, seeds, row, compile_seconds, train_seconds):
+    config, final = job.config, {name: summarize(row[name]) for name in job.scores}
+    env_steps, updates = (int(np.median(row[name])) for name in ("env_steps", "updates"))
+    taken = env_steps - config.get("random_steps", 0)
+    others = {k: summarize(v) for k, v in row.items() if k not in (*job.scores, "env_steps", "updates")}
     return dict(
-        algorithm=config.algorithm, env=config.env, seeds=seeds, env_steps=env_steps,
-        final=summarize(row["return"]), **measures, compile_seconds=compile_seconds, train_seconds=train_seconds,
-        env_steps_per_second=env_steps * len(seeds) / train_seconds,
-        updates_per_second=iterations * len(seeds) / train_seconds,
+        algorithm=config.algorithm, env=config.env, seeds=seeds.tolist(), env_steps=env_steps, updates=updates,
+        score=job.scores, final=final[job.scores[0]] if len(final) == 1 else final, **others,
+        compile_seconds=compile_seconds, train_seconds=train_seconds,
+        env_steps_per_second=taken * len(seeds) / train_seconds,
+        updates_per_second=updates * len(seeds) / train_seconds,
         peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         device=jax.devices()[0].device_kind, devices=jax.device_count())
 
 
-def table(summary, workdir):
-    final, (low, high) = summary["final"], summary["final"]["ci95"]
+def table(summary, folder):
+    scores = [f"{words(final)} {name}" for name, final in zip(summary["score"], finals(summary), strict=True)]
     rows = {
         "method": f"{summary['algorithm']} on {summary['env']}",
-        "return": f"{final['iqm']:.4g} IQM of {len(summary['seeds'])} seeds, 95% CI [{low:.4g}, {high:.4g}]",
-        "budget": f"{summary['env_steps']:,} env steps a seed",
+        "score": f"{'; '.join(scores)}, IQM [95% CI] of {len(summary['seeds'])} seeds",
+        "budget": f"{summary['env_steps']:,} env steps and {summary['updates']:,} updates a seed",
         "speed": f"{summary['env_steps_per_second']:,.0f} env steps/s, trained {summary['train_seconds']:.1f} s, "
                  f"compiled {summary['compile_seconds']:.1f} s, on {summary['device']}",
-        "files": str(workdir),
+        "files": str(folder),
     }
     return "\n".join(f"{k:8} {v}" for k, v in rows.items())
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(train)

@@ -3,11 +3,11 @@ import difflib
 import importlib
 import pathlib
 
-from core.envs.batch import Batch
-from core.envs.interface import Box, Discrete, TimeStep
+from core.envs.batch import Batch, repeat, restart
+from core.envs.interface import Box, Discrete, TimeStep, Transition, ended
 from core.errors import UserError
 
-__all__ = ["Batch", "Box", "Discrete", "TimeStep", "make_env"]
+__all__ = ["Batch", "Box", "Discrete", "TimeStep", "Transition", "ended", "make_env", "repeat", "restart"]
 
 HERE = pathlib.Path(__file__).parent
 

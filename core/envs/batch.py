@@ -3,8 +3,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 
-from core.envs.interface import TimeStep
+from core.envs.interface import TimeStep, ended
 
 
 class BatchState(NamedTuple):
@@ -28,26 +29,54 @@ class Batch:
         self.max_steps, self.action_space = env.max_steps, env.action_space
         self.num_agents = getattr(env, "num_agents", None)
 
+        def fresh(key):
+            return jax.vmap(env.reset)(jax.random.split(key, num_envs))
+
+        @custom_vmap
+        def start_over(key, done, state, obs):
+            """Fresh episodes where `done`. To draw them costs more than many a step, and most steps end none."""
+            return jax.lax.cond(
+                done.any(), lambda: restart(done, fresh(key), (state, obs)), lambda: (state, obs))
+
+        @start_over.def_vmap
+        def start_over_in_all_seeds(num_seeds, batched, *args):
+            """The seeds as one batch, so that `cond` stays a branch: under a plain vmap all steps would pay."""
+            args = [x if b is True else jax.tree.map(lambda x, b: x if b else repeat(x, num_seeds), x, b)
+                    for x, b in zip(args, batched, strict=True)]
+
+            def redraw(key, done, state, obs):
+                return restart(done, fresh(key), (state, obs))
+
+            started = jax.lax.cond(
+                args[1].any(), lambda: jax.vmap(redraw)(*args), lambda: (args[2], args[3]))
+            return started, jax.tree.map(lambda _: True, started)
+
+        self.start_over, self.fresh = start_over, fresh
+
     def reset(self, key: jax.Array) -> tuple[BatchState, jax.Array]:
-        state, obs = jax.vmap(self.env.reset)(jax.random.split(key, self.num_envs))
+        state, obs = self.fresh(key)
         agents = () if self.num_agents is None else (self.num_agents,)
         return BatchState(state, jnp.zeros((self.num_envs, *agents)), jnp.zeros(self.num_envs, jnp.int32)), obs
 
     def step(self, key: jax.Array, env_state: BatchState, action: jax.Array) -> tuple[BatchState, TimeStep]:
         step_key, reset_key = jax.random.split(key)
         state, step = jax.vmap(self.env.step)(jax.random.split(step_key, self.num_envs), env_state.env, action)
-        done = step.terminated | step.truncated
-
-        def restart(state, obs):
-            fresh = jax.vmap(self.env.reset)(jax.random.split(reset_key, self.num_envs))
-            return jax.tree.map(lambda new, old: where(done, new, old), fresh, (state, obs))
-
-        # Drawing fresh episodes costs more than many a step, and most steps end none.
-        state, obs = jax.lax.cond(done.any(), restart, lambda *same: same, state, step.obs)
+        done = ended(step)
+        state, obs = self.start_over(reset_key, done, state, step.obs)
         total, length = env_state.episode_return + step.reward, env_state.episode_length + 1
         episode = {"count": done, "return": where(done, total, 0.0), "length": where(done, length, 0)}
         env_state = BatchState(state, where(done, 0.0, total), where(done, 0, length))
         return env_state, step._replace(obs=obs, info=step.info | {"episode": episode})
+
+
+def restart(done: jax.Array, fresh: Any, old: Any) -> Any:
+    """Of every leaf [E, ...]: that of `fresh` where [E] `done`, else that of `old`."""
+    return jax.tree.map(lambda new, old: where(done, new, old), fresh, old)
+
+
+def repeat(tree: Any, n: int) -> Any:
+    """Every leaf n times: [n, ...]."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *jnp.shape(x))), tree)
 
 
 def where(done: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:

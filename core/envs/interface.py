@@ -7,8 +7,24 @@ One environment, never batched, is any object with
     reset(key) -> (state, obs)
     step(key, state, action) -> (state, TimeStep)
 
-pure functions of their arguments. It knows nothing of resetting itself or of its copies: `batch.Batch` does both.
+pure functions of their arguments. It does not reset itself and knows nothing of its copies: `batch.Batch` does both.
 Hidden truth (masses, gains, an opponent's cost) lives inside `state`, so it can differ per copy and per episode.
+
+An environment may offer more. Who uses it:
+
+    num_agents                     N, of a game with several agents: obs (N, ...), reward (N,)     ippo, evaluation
+    teams                          (N,) the number of each agent's team: opponents' returns are never added
+                                                                                           evaluation, cross-play
+    masked                         the last A numbers of obs say which actions are allowed          ippo
+    info["agent_done"]             (N,) agents that ended before the episode did                    ippo
+    cost(x, action, next_x), terminal_cost(x)      what a planner minimises; the reward is −cost    all planners
+    features(x)                    what a network sees of x, e.g. the sine and cosine of an angle   pets, icem_online
+    reveal                         whether obs holds the hidden truth, too (`hidden.split`)         ekf_lqr, icem_online
+    unknown(about) -> Unknown      what is hidden, as a belief needs it (`hidden.Unknown`)          ekf_lqr, icem_online
+    info["params"]                 the truth that a step obeyed, for measures, never for acting     ekf_lqr
+    draw(state) -> Scene           the picture of a state (`core.render`)                           films
+    place(x) -> (2,)               where in that picture the hidden truth moves something           films of beliefs
+    on_host                        it is simulated by Python: a run of it is resumed, but not bit for bit    launchers
 """
 from typing import Any, NamedTuple
 
@@ -24,6 +40,25 @@ class TimeStep(NamedTuple):
     terminated: jax.Array  # the task ended: nothing follows, bootstrap with 0
     truncated: jax.Array  # a time limit: the episode would have gone on, bootstrap with the value of next_obs
     info: dict[str, Any]
+
+
+class Transition(NamedTuple):
+    """One step as a policy, a buffer or a data set keeps it."""
+
+    obs: jax.Array
+    action: jax.Array
+    reward: jax.Array
+    next_obs: jax.Array
+    terminated: jax.Array
+    truncated: jax.Array
+
+    @classmethod
+    def of(cls, obs: jax.Array, action: jax.Array, step: TimeStep) -> "Transition":
+        return cls(obs, action, step.reward, step.next_obs, step.terminated, step.truncated)
+
+
+def ended(step: TimeStep | Transition) -> jax.Array:
+    return step.terminated | step.truncated
 
 
 class Discrete(NamedTuple):
@@ -44,14 +79,17 @@ class Discrete(NamedTuple):
 
 
 class Box(NamedTuple):
-    """Real actions in the environment's own units, low <= action <= high. The environment clips."""
+    """Real actions in the environment's own units, low <= action <= high. The environment clips.
 
-    low: tuple[float, ...]
-    high: tuple[float, ...]
+    Bounds are tuples (A,), or (N, A) where the agents of a game differ.
+    """
+
+    low: tuple
+    high: tuple
 
     @property
     def shape(self):
-        return (len(self.low),)
+        return np.shape(self.low)[-1:]
 
     @property
     def dtype(self):
@@ -63,13 +101,14 @@ class Box(NamedTuple):
 
     @property
     def scale(self) -> tuple[np.ndarray, np.ndarray]:
-        """(centre [A], half range [A]); 0 and 1 where there is no bound."""
+        """(centre, half range), shaped like the bounds; 0 and 1 where there is no bound."""
         low, high = np.asarray(self.low, np.float32), np.asarray(self.high, np.float32)
         bounded = np.isfinite(low) & np.isfinite(high)
         low, high = np.where(bounded, low, -1.0), np.where(bounded, high, 1.0)
         return ((high + low) / 2).astype(np.float32), ((high - low) / 2).astype(np.float32)
 
     def sample(self, key: jax.Array, batch: tuple[int, ...] = ()) -> jax.Array:
+        """[*batch, A]; the last axis of `batch` is that of the agents where bounds are (N, A)."""
         return self.from_unit(jax.random.uniform(key, (*batch, *self.shape), minval=-1.0, maxval=1.0))
 
     def from_unit(self, action: jax.Array) -> jax.Array:
