@@ -1,7 +1,7 @@
-"""Start a method as a copy of another, and see later what the method is.
+"""Start a method as a copy of another. Later, print the difference between the two: that is the method.
 
-    python -m launchers.fork ppo my_idea      # algorithms/my_idea.py, its configs and its test
-    python -m launchers.fork --diff my_idea   # what it does otherwise than its parent; comments and layout do not count
+    python -m launchers.fork ppo my_idea      # writes algorithms/my_idea.py, its configs and its test
+    python -m launchers.fork --diff=my_idea   # the code in which my_idea differs from its parent, without comments
 """
 import ast
 import difflib
@@ -11,89 +11,102 @@ import re
 import sys
 import tokenize
 
-from absl import flags
-
 from core.errors import UserError
 from launchers import cli
-
-FLAGS = flags.FLAGS
-flags.DEFINE_string("diff", None, "A fork: print what it does otherwise than its parent.")
 
 CHILD = re.compile(r"Child of (\w+)\.py; the diff is the method\.")
 COLORS = {"@": "\x1b[36m", "-": "\x1b[31m", "+": "\x1b[32m", " ": ""}
 
 
-def main(argv):
-    if FLAGS.diff is not None and len(argv) == 1:
+def fork(*names: str, diff: str | None = None) -> None:
+    """Copy a method under a new name, e.g. fork ppo my_idea; or print the difference between a fork and its parent.
+
+    Args:
+        diff: A fork: print the code in which it differs from its parent.
+    """
+    if diff is not None and not names:
         color = sys.stdout.isatty()
-        for line in difference(FLAGS.diff):
+        for line in difference(diff):
             print(f"{COLORS[line[0]]}{line}\x1b[0m" if color else line)
-    elif FLAGS.diff is None and len(argv) == 3:
-        print("\n".join(fork(*argv[1:])))
+    elif diff is None and len(names) == 2:
+        parent, child = names
+        for name in copy(parent, child):
+            print(f"wrote {name}")
+        print("next:", f"    python -m launchers.train --config=algorithms/{child}.py --smoke",
+              f"    python -m pytest tests/test_{child}.py", f"    python -m launchers.fork --diff={child}", sep="\n")
     else:
-        raise UserError("say what to fork and its new name, e.g. ppo my_idea; or --diff=my_idea")
+        raise UserError("name a method and the name of the copy, e.g. ppo my_idea; or say --diff=my_idea")
 
 
 def source_of(name):
-    path = cli.ROOT / "algorithms" / f"{name}.py"
-    if not path.is_file() or name == "__init__":
-        known = [p.stem for p in path.parent.glob("*.py") if p.stem != "__init__"]
+    known = [path.stem for path in (cli.ROOT / "algorithms").glob("*.py") if path.stem != "__init__"]
+    if name not in known:  # a path such as ../core/ekf is no name, either
         raise UserError(f'unknown algorithm "{name}"; {cli.suggest(name, known)}')
-    return path.read_text()
+    return (cli.ROOT / "algorithms" / f"{name}.py").read_text()
 
 
-def fork(parent, child):
-    """Write the files of `child`, all or none; returns what to tell the user."""
+def copy(parent, child):
+    """Write the files of `child`, all or none of them; returns their names."""
     if not child.isidentifier() or keyword.iskeyword(child):
         raise UserError(f'"{child}" cannot be the name of a Python file')
-    files = {f"algorithms/{child}.py": adopt(source_of(parent), parent)}
-    configs = {path.stem: path.read_text() for path in sorted((cli.ROOT / "configs").glob(f"{parent}_*.py"))}
-    configs = {stem: text for stem, text in configs.items() if parent in imported(ast.parse(text))}
+    files = {f"algorithms/{child}.py": with_parent(source_of(parent), parent)}
+    configs = configs_of(parent)
     names = {stem: child + stem.removeprefix(parent) for stem in [parent, *configs]}
     files |= {f"configs/{names[stem]}.py": rename(text, names) for stem, text in configs.items()}
     test = cli.ROOT / "tests" / f"test_{parent}.py"
     if test.exists():
         files[f"tests/test_{child}.py"] = rename(test.read_text(), names)
     write(files)
-    return [*(f"wrote {name}" for name in files), "next:",
-            f"    python -m launchers.train --config=algorithms/{child}.py --smoke",
-            f"    python -m pytest tests/test_{child}.py",
-            f"    python -m launchers.fork --diff {child}"]
+    return list(files)
 
 
-def adopt(source, parent):
-    """`source` with the line that names its parent as the second of its docstring."""
-    first, *rest = source.splitlines(keepends=True)
-    if not first.startswith('"""'):
+def configs_of(parent):
+    """{name: text} of the configs <parent>_….py that import the parent, or another such config."""
+    texts = {path.stem: path.read_text() for path in sorted((cli.ROOT / "configs").glob(f"{parent}_*.py"))}
+    modules = {stem: {alias.name for alias in imports(ast.parse(text))} for stem, text in texts.items()}
+    own, size = {parent}, 0
+    while len(own) > size:
+        size = len(own)
+        own |= {stem for stem in texts if own & modules[stem]}
+    return {stem: text for stem, text in texts.items() if stem in own}
+
+
+def with_parent(source, parent):
+    """`source` with the name of its parent in the first paragraph of its docstring."""
+    if not source.startswith('"""'):
         raise UserError(f"algorithms/{parent}.py does not begin with a docstring")
-    note = f"Child of {parent}.py; the diff is the method.\n"
-    if first.rstrip().endswith('"""') and first.strip() != '"""':
-        first, note = first.rstrip()[:-3] + "\n", note + '"""\n'
-    elif rest and CHILD.match(rest[0]):
-        rest.pop(0)
-    return "".join([first, note, *rest])
+    note = f"Child of {parent}.py; the diff is the method."
+    opening = source[3:].split('"""')[0].split("\n\n")[0]
+    if CHILD.search(opening):
+        return source.replace(opening, CHILD.sub(note, opening), 1)
+    lines = opening.split("\n")
+    sentence = next((i for i, line in enumerate(lines) if line.endswith(".")), 0)
+    return source.replace(opening, "\n".join([*lines[:sentence + 1], note, *lines[sentence + 1:]]), 1)
 
 
-def imported(tree):
-    """The modules of algorithms/ and configs/ that a file names, with where it does so."""
-    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    return {alias.name: alias for node in imports if node.module in ("algorithms", "configs") for alias in node.names}
+def imports(tree):
+    """The nodes that import a module of algorithms/ or configs/."""
+    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return [alias for node in froms if node.module in ("algorithms", "configs") for alias in node.names]
 
 
 def rename(source, names):
-    """`source` with the modules called by their new `names`: imports, uses, paths in strings, names of tests."""
+    """`source` with new `names` for modules: in imports, where they are used, in paths, in names of tests."""
     tree = ast.parse(source)
-    modules = {name: alias for name, alias in imported(tree).items() if name in names}
-    uses = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id in modules]
+    aliases = [alias for alias in imports(tree) if alias.name in names]
+    bound = {alias.name for alias in aliases if alias.asname is None}
+    uses = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id in bound]
     lines = source.splitlines(keepends=True)
-    for node in sorted([*modules.values(), *uses], key=lambda node: (node.lineno, node.col_offset), reverse=True):
+    for node in sorted([*aliases, *uses], key=lambda node: (node.lineno, node.col_offset), reverse=True):
         line, start = lines[node.lineno - 1].encode(), node.col_offset  # in bytes
         old = node.id if isinstance(node, ast.Name) else node.name
         lines[node.lineno - 1] = (line[:start] + names[old].encode() + line[start + len(old):]).decode()
     words = "|".join(sorted(names, key=len, reverse=True))
     source = re.sub(rf"\b(algorithms|configs)([/.])({words})\b", lambda m: m[1] + m[2] + names[m[3]], "".join(lines))
     parent = min(names, key=len)
-    return re.sub(rf"\btest_{parent}(?![a-zA-Z0-9])", f"test_{names[parent]}", source)
+    others = [path.stem for path in (cli.ROOT / "algorithms").glob(f"{parent}_*.py")]  # keep test_<parent>_<other>
+    longer = "".join(rf"(?!{other.removeprefix(parent)}\b)" for other in others)
+    return re.sub(rf"\btest_{parent}(?![a-zA-Z0-9]){longer}", f"test_{names[parent]}", source)
 
 
 def write(files):
@@ -113,15 +126,16 @@ def write(files):
 
 
 def difference(child):
-    """Lines of a diff from the parent to `child`, each hunk headed by the function it is in."""
-    match = CHILD.match(source_of(child).split("\n")[1])
+    """Lines of a diff from the parent to `child`. Above each part stands the function that it is in."""
+    match = CHILD.search((ast.get_docstring(ast.parse(source_of(child))) or "").split("\n\n")[0])
     if not match:
-        raise UserError(f'algorithms/{child}.py has no parent: line 2 is not "Child of ….py; the diff is the method."')
+        raise UserError(f"algorithms/{child}.py names no parent: the first paragraph of its docstring has no sentence "
+                        '"Child of ….py; the diff is the method."')
     parent = match[1]
     before, after = canonical(source_of(parent)), canonical(source_of(child))
     groups = list(difflib.SequenceMatcher(None, before, after, autojunk=False).get_grouped_opcodes(2))
     if not groups:
-        yield f" algorithms/{child}.py does what its parent {parent}.py does"
+        yield f" algorithms/{child}.py has the code of its parent {parent}.py"
     for group in groups:
         _, i, stop, j, _ = next(change for change in group if change[0] != "equal")
         yield f"@@ {scope(before, i) if stop > i else scope(after, j)} @@"
@@ -134,7 +148,7 @@ def difference(child):
 
 
 def canonical(source):
-    """Lines of the code without docstrings, comments and layout."""
+    """Lines of the code without docstrings and comments, all in one layout."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
@@ -172,4 +186,4 @@ def scope(lines, i):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(fork)
