@@ -4,7 +4,6 @@ import importlib
 import sys
 import types
 
-import jax
 import numpy as np
 
 from core.envs.interface import Box, Discrete, TimeStep
@@ -72,5 +71,5 @@ def _gymnax(name):
 
 
 def _box(space):
-    low, high = (jax.numpy.broadcast_to(bound, space.shape).tolist() for bound in (space.low, space.high))
+    low, high = (np.broadcast_to(bound, space.shape).tolist() for bound in (space.low, space.high))
     return Box(tuple(low), tuple(high))
