@@ -1,30 +1,34 @@
-"""iCEM online: plan through a model that goes on learning within the episode, by whatever moves whichever weights.
+"""iCEM online: plan with a model that a Kalman filter fits to every new transition of the episode.
 
-    y = (x' − x) / σ = g(θ; z) + v,  v ~ N(0, R)      z = standardised (features of x, u), σ scale of changes    predict
-      model="mlp"           g a network, pretrained or not
-      model="residual"      g = (f(x, u) − x) / σ + network, f the nominal physics
-      model="physics"       g = (f(θ; x, u) − x) / σ, θ the environment's hidden Params
+    u  = u_1 of the plan u_1:H with the least Σ_k c(x_k, u_k, x_{k+1}) + c_H(x_{H+1}),        act, Agent.search
+         x_1 = x,  x_{k+1} = x_k + σ g(m; z_k);  iCEM starts from the plan of the step before   Agent.predict
+    y  = (x' − x) / σ = g(θ; z) + v,  v ~ N(0, R)      what the transition says about θ         observe, Agent.learn
+    m⁻ = m,  P⁻ = (P + q I) / λ                        drift q, forgetting λ
+    H  = ∂g/∂θ at m⁻,  S = H P⁻ H' + R,  K = P⁻ H' S⁻¹                                          core.ekf.update
+    m  = m⁻ + K (y − g(m⁻; z)),  P = (I − K H) P⁻
+    R <- R + ρ (e² + diag(H P H') − R),  q <- max(q + ρ mean((m − m⁻)² + diag(P − P⁻)), 0)      ekf.adapt_R, adapt_noise
 
-    θ, what moves; the other weights stay                                                                       placed
-      adapt="all"           every weight
-      adapt="last_layer"    those of the last layer, in which g is linear
-      adapt="lora_xs"       A of every W + U_r S_r A V_r', W = U S V' (LoRA-XS, Bałazy et al., 2024, arXiv:2405.17604)
-      adapt="tiny_lora"     v of A = Σ_k v_k P_k, each P_k random and fixed
+    x state (D,), u action (A,), x' true successor; c, c_H costs of the environment; z = (features(x), u), standardised;
+    σ scale of changes (D,); θ the n weights that learn, ~ N(m, P); e = y − g(m; z); ρ noise_rate.
 
-    after every step, θ moves to                                                                                 learn
-      learner="none"        itself;  "oracle": itself, but plans are made with the truth
-      learner="gradient"    where `num_updates` steps of Adam on |y − g|² over the last `window` transitions lead
-      learner="ekf"         the mean of N(m, P) given the newest transition (core.ekf: belief=full, diagonal, low_rank)
-                            where before it P <- (P + drift_var I) / forgetting;  noise_rate > 0 adapts R and drift_var
-      learner="refit"       the mean of the prior given the last `window` transitions
+    model="mlp"         g is a network: the file `pretrained`, or random weights
+    model="physics"     g = (f(θ; x, u) − x) / σ, f the environment's equations, θ its hidden Params, σ = 1
+    adapt               θ is all weights, or those of the last layer, in which g is linear: with a full P the filter is
+                        then Bayesian linear regression, and with λ < 1 recursive least squares
+    belief              P is full, diagonal (VD-EKF), or diagonal plus low rank (LO-FI)
+    learn=False         m = m_0, P = 0, R = R_0: the lower baseline
+    env_kwargs.reveal   obs also holds the true Params: the plan uses them, m = m_0: the upper baseline
 
-On the last layer, with a full belief, "ekf" is exact Bayesian linear regression, and recursive least squares where it
-forgets. Every episode starts from the pretrained weights. The plan is certainty equivalent: iCEM (core.planning) on
-x + σ g(m; z), with the environment's cost, which is known.
-
-Pretraining is Adam on |y − g|², by launchers.pretrain from what launchers.collect stored.
-
-Expect: configs/adapt_cartpole.py, 99% of what a jump of the constants costs a frozen model won back within 50 steps.
+Papers: iCEM (Pinneri et al., 2020, arXiv:2008.06389; pseudo-code in core/planning.py), VD-EKF and LO-FI (Chang et al.,
+2022; 2023, arXiv:2305.19535), `num_linearizations` > 1 (Bell & Cathey, 1993). Departures: that a filtered network plans
+is ours. A plan uses m, not P. The cheapest sample exploits the error of a network, so the first action of the elites'
+mean is executed; with exact equations, that of the cheapest sample. λ acts only while tr P < 10 tr P_0.
+Episodes: a transition that ends one, by a fall or by the clock, is learnt from too; then the carry starts again. The
+planner does not know that episodes end. Random: first weights, samples (act_key, split by environment), environment.
+Kept: `Run` is the checkpoint; its `carry` changes at every step, its `agent` never. Decides: drift_var, prior_var (too
+small: no learning after a jump; too large: the model forgets), adapt, horizon. Cost: a step simulates `num_samples`
+plans of `horizon` steps, `num_iterations` times: that dominates; the filter is O(n² D) with a full P.
+Expect: configs/adapt_cartpole.py: 169 [145, 173] of at most 183, 32 seeds, 2 ms a step and seed on two CPU cores.
 """
 import functools
 import pathlib
@@ -33,338 +37,199 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
-import optax
 from flax import linen as nn
 from flax import struct
+from flax.traverse_util import flatten_dict
 
 from core import ekf, planning
+from core.clock import Clock
 from core.dataset import read_arrays
-from core.envs.batch import where
-from core.errors import check_choices
+from core.envs import Transition, ended, hidden, repeat, restart
+from core.errors import UserError, check_choices
+from core.evaluation import evaluate
 from core.networks import MLP
-from core.train_state import TrainState
 
 
 def get_config():
     return ml_collections.ConfigDict(dict(
         algorithm=pathlib.Path(__file__).stem,  # so a copied file launches itself
         env="cartpole_swingup",
-        env_kwargs=dict(),  # its own settings
-        num_envs=1,  # each with its own truth, weights and plan
-        num_steps=1,  # of the episode in one train_step, always
-        env_steps=200,
-        eval_every=5,
-        eval_steps=0,  # of an episode with the weights of the moment, at every evaluation: `goal_cost`
-        eval_env_kwargs=dict(),  # settings that differ in it
-        model="mlp",  # or residual, physics
-        hidden=(64, 64),
-        pretrained="",  # file of weights; none: as they are drawn
-        adapt="last_layer",  # or all, lora_xs, tiny_lora
-        lora_rank=8,  # r
-        lora_size=16,  # of v
-        learner="ekf",  # or none, oracle, gradient, refit
+        env_kwargs=dict(reveal=False),  # the environment's own settings
+        num_envs=1,  # each with its own truth, belief and plan
+        num_steps=1,  # of every environment in one train_step, always
+        env_steps=200,  # one episode
+        log_every=5,
+        eval_every=200,
+        eval_episodes=1,  # of each seed: fresh ones, in which it learns from the prior again
+        rehearse=False,  # also play evaluation episodes with the weights of the moment, which stay fixed: `rehearsal`
+        model="mlp",  # or physics
+        hidden_dims=(64, 64),
+        pretrained="",  # file of weights and scaling (algorithms/dynamics.py); none: random weights
+        learn=True,
+        adapt="last_layer",  # or all
         belief="full",  # or diagonal, low_rank
         belief_rank=8,  # of low_rank
         prior_var=0.1,  # P_0 = prior_var · I
-        obs_var=1e-3,  # R = obs_var · I
+        obs_var=1e-3,  # R_0 = obs_var · I
         num_linearizations=1,  # of g in one update; physics is so curved that it takes 4
-        forgetting=1.0,
-        drift_var=0.0,
-        noise_rate=0.0,
-        window=50,
-        num_updates=5,
-        lr=1e-3,
+        forgetting=1.0,  # λ
+        drift_var=0.0,  # q_0
+        noise_rate=0.0,  # ρ
         horizon=25,
-        num_samples=40,
-        num_elites=10,
-        num_iterations=3,
-        population_decay=1.25,  # of iCEM, from iteration to iteration
-        kept_elites=3,
-        init_std=0.5,  # of the box
-        noise_beta=2.0,
-        action_noise=0.0,  # standard deviation of what is added to the plan's action, in half widths of the box
-        collect=dict(episodes=20, num_envs=10, learner="oracle", action_noise=0.3),  # else as above
-        pretrain=dict(num_updates=10_000, batch_size=64, lr=1e-3, holdout=0.2),
+        kept_elites=3,  # from one step to the next
+        planner=dict(num_samples=40, num_elites=10, num_iterations=3, decay=1.25, init_std=0.5, noise_beta=2.0,
+                     momentum=0.1),
+        collect=dict(episodes=20, num_envs=10, learn=False, env_kwargs=dict(reveal=True), action_noise=0.3),
+        pretrain=dict(updates=10_000, eval_every=500, batch_size=64, lr=1e-3, holdout=0.2, rollout_steps=25),
     ))
 
 
-class Model(struct.PyTreeNode):
-    """What pretraining makes."""
-
-    dynamics: TrainState
-    scaling: dict  # centre (I,) and spread (I,) of z, scale (D,) of changes
-
-    @property
-    def params(self):
-        return dict(weights=self.dynamics.params, scaling=self.scaling)
-
-
-def pretrain_init(key, data, env, config):
-    """`data`: transitions (N, …), to which z and changes are scaled."""
-    z, change = inputs(data["obs"], data["action"], env), data["next_obs"] - data["obs"]
-    spread, scale = (jnp.where(std < 1e-6, 1.0, std) for std in (z.std(0), change.std(0)))
-    tx = optax.adam(optax.cosine_decay_schedule(config.pretrain.lr, config.pretrain.num_updates))
-    return Model(TrainState.create(network(config, scale), key, z[0], tx=tx),
-                 dict(centre=z.mean(0), spread=spread, scale=scale))
-
-
-def pretrain_step(model, key, data, env, config):
-    index = jax.random.randint(key, (config.pretrain.batch_size,), 0, len(data["obs"]))
-    batch = jax.tree.map(lambda v: v[index], data)
-
-    def loss_fn(weights):
-        loss = jnp.square(errors(model.params | {"weights": weights}, batch, env, config)).sum(-1).mean()
-        return loss, {"loss": loss}
-
-    dynamics, info = model.dynamics.minimize(loss_fn)
-    return model.replace(dynamics=dynamics), info
-
-
-def pretrain_test(model, data, env, config):
-    return {"error": jnp.sqrt(jnp.square(errors(model.params, data, env, config)).mean())}
-
-
-def network(config, x):
-    return MLP((*config.hidden, x.size), activation=nn.tanh)
-
-
-def inputs(x, action, env):
-    """(..., D) and (..., A): of angles their sine and cosine, if the environment says so."""
-    features = getattr(env.env, "features", lambda x: x)
-    return jnp.concatenate([features(x), action], axis=-1)
-
-
-def predict(params, x, action, env, config):
-    """The next x of (D,) and (A,): x + σ g."""
-    weights, scaling = params["weights"], params["scaling"]
-    if config.model == "physics":
-        return env.env.dynamics(weights, x, action)
-    z = (inputs(x, action, env) - scaling["centre"]) / scaling["spread"]
-    nominal = env.env.dynamics(env.env.guess, x, action) if config.model == "residual" else x
-    return nominal + scaling["scale"] * network(config, x).apply({"params": weights}, z)
-
-
-def error(params, seen, env, config):
-    """g − y of one transition: (D,)."""
-    return (predict(params, seen["obs"], seen["action"], env, config) - seen["next_obs"]) / params["scaling"]["scale"]
-
-
-def errors(params, seen, env, config):
-    """The same of transitions (N, …): (N, D)."""
-    return jax.vmap(functools.partial(error, env=env, config=config), (None, 0))(params, seen)
-
-
-class Fixed(NamedTuple):
-    """What does not move within an episode."""
-
-    params: dict  # weights and scaling
-    bases: dict  # of every layer: U_r S_r (I, r), V_r' (r, O), P (K, r, r)
-
-
-def fixed_part(key, env, config):
-    _, obs = jax.eval_shape(env.reset, jax.random.key(0))
-    x, (net_key, *keys) = jnp.zeros(obs.shape[1:]), jax.random.split(key, 2 + len(config.hidden))
-    z, bases = inputs(x, jnp.zeros(env.action_space.shape), env), {}
-    scaling = dict(centre=jnp.zeros_like(z), spread=jnp.ones_like(z), scale=jnp.ones_like(x))
-    if config.model == "physics":
-        return Fixed(dict(weights=env.env.guess, scaling=scaling), bases)
-    params = dict(weights=network(config, x).init(net_key, z)["params"], scaling=scaling)
-    if config.pretrained:
-        params = jax.tree.map(jnp.asarray, read_arrays(config.pretrained))
-    layers = params["weights"].items() if "lora" in config.adapt else ()
-    for key, (name, layer) in zip(keys, layers, strict=False):
-        U, S, Vt = jnp.linalg.svd(layer["kernel"], full_matrices=False)
-        r = min(config.lora_rank, S.size)
-        bases[name] = (U * S[None])[:, :r], Vt[:r], jax.random.normal(key, (config.lora_size, r, r)) / r
-    return Fixed(params, bases)
-
-
-def start_of(fixed, config):
-    """θ at the start of an episode, a tree."""
-    weights, last = fixed.params["weights"], f"Dense_{len(config.hidden)}"
-    if config.adapt == "all":
-        return weights
-    if config.adapt == "last_layer":
-        return {last: weights[last]}
-    return {k: jnp.zeros(P.shape[:1] if config.adapt == "tiny_lora" else P.shape[1:])
-            for k, (_, _, P) in fixed.bases.items()}
-
-
-def placed(theta, fixed, config):
-    """The params, θ among their weights."""
-    if config.adapt == "all":
-        return fixed.params | {"weights": theta}
-    weights = dict(fixed.params["weights"])
-    for name, value in theta.items():
-        if config.adapt == "last_layer":
-            weights[name] = value
-            continue
-        left, right, P = fixed.bases[name]
-        A = jnp.einsum("k,kij->ij", value, P) if config.adapt == "tiny_lora" else value
-        weights[name] = {**weights[name], "kernel": weights[name]["kernel"] + left @ A @ right}
-    return fixed.params | {"weights": weights}
-
-
-class Mind(NamedTuple):
-    """What learning within an episode remembers, of one environment."""
-
-    belief: ekf.Belief  # about θ
+class Carry(NamedTuple):  # of one environment, within an episode
+    belief: ekf.Belief  # N(m, P) about θ
     R: jax.Array  # (D,)
-    drift_var: jax.Array
-    opt_state: Any
-    window: dict  # the last transitions (W, …), the newest last
-    known: jax.Array  # (W,), whether there was one
+    drift_var: jax.Array  # q
+    plan: planning.Carry
+    report: dict  # what the newest transition said about the belief before it: error, nll, nis, covered
 
 
-def prior(fixed, env, config):
-    """The mind at the start of an episode."""
-    theta, scale = start_of(fixed, config), fixed.params["scaling"]["scale"]
-    if config.learner not in ("ekf", "refit"):
-        belief = ekf.Diagonal.create(theta, 0.0)
-    elif config.belief == "low_rank":
-        belief = ekf.LowRank.create(theta, config.prior_var, config.belief_rank)
-    else:
-        belief = (ekf.Full if config.belief == "full" else ekf.Diagonal).create(theta, config.prior_var)
-    state, action = (jnp.zeros((config.window, *shape)) for shape in (scale.shape, env.action_space.shape))
-    return Mind(belief, jnp.full_like(scale, config.obs_var), jnp.float32(config.drift_var),
-                optax.adam(config.lr).init(belief.mean), dict(obs=state, action=action, next_obs=state),
-                jnp.zeros(config.window, bool))
+class Agent(struct.PyTreeNode):
+    weights: Any  # all weights at the start of an episode: of the network, or the guessed Params
+    scaling: dict  # centre (I,) and spread (I,) of z, scale (D,) of changes
+    env: Any = struct.field(pytree_node=False)
+    config: Any = struct.field(pytree_node=False)
+
+    @classmethod
+    def create(cls, key, x, env, config):
+        agent = cls(None, None, env, config)
+        z = agent.inputs(x, jnp.zeros(env.action_space.shape))
+        scaling = dict(centre=jnp.zeros_like(z), spread=jnp.ones_like(z), scale=jnp.ones_like(x))
+        if config.model == "physics":
+            return agent.replace(weights=env.guess, scaling=scaling)
+        params = dict(weights=agent.network(x.size).init(key, z)["params"], scaling=scaling)
+        return agent.replace(**(read_params(config.pretrained, params) if config.pretrained else params))
+
+    def network(self, out_dim):
+        return MLP((*self.config.hidden_dims, out_dim), activation=nn.tanh)
+
+    def inputs(self, x, action):  # (..., D), (..., A) -> (..., I)
+        return jnp.concatenate([getattr(self.env, "features", lambda x: x)(x), action], axis=-1)
+
+    def theta(self):  # at the start of an episode
+        last = f"Dense_{len(self.config.hidden_dims)}"
+        return self.weights if self.config.adapt == "all" else {last: self.weights[last]}
+
+    def insert(self, theta):  # -> all weights, θ among them
+        return theta if self.config.adapt == "all" else {**self.weights, **theta}
+
+    def predict(self, weights, x, action):  # (D,), (A,) -> (D,)
+        if self.config.model == "physics":
+            return self.env.dynamics(weights, x, action)
+        z = (self.inputs(x, action) - self.scaling["centre"]) / self.scaling["spread"]
+        return x + self.scaling["scale"] * self.network(x.size).apply({"params": weights}, z)
+
+    def prior(self):
+        if not self.config.learn:
+            return ekf.Diagonal.create(self.theta(), 0.0)
+        low_rank = functools.partial(ekf.LowRank.create, rank=self.config.belief_rank)
+        forms = dict(full=ekf.Full.create, diagonal=ekf.Diagonal.create, low_rank=low_rank)
+        return forms[self.config.belief](self.theta(), self.config.prior_var)
+
+    def search(self, key, belief, plan, x, truth):  # -> the plan that the next step starts from, action (A,)
+        model = functools.partial(self.predict, self.insert(belief.params))
+        dynamics = model if truth is None else functools.partial(self.env.dynamics, truth)
+        cost = functools.partial(planning.trajectory_cost, dynamics, self.env.cost, self.env.terminal_cost, x)
+        exact = truth is not None or self.config.model == "physics"
+        return planning.icem(key, cost, plan, *self.env.action_space.bounds, **self.config.planner,
+                             return_mode="best" if exact else "mean")[:2]
+
+    def learn(self, carry, x, action, next_x):
+        """The carry after one transition of one environment."""
+        config, zero = self.config, jnp.zeros_like(next_x)  # what the filter observes: g + v − y was zero
+
+        def error(theta):  # g − y, (D,)
+            return (self.predict(self.insert(theta), x, action) - next_x) / self.scaling["scale"]
+
+        before = carry.belief.predict(noise=carry.drift_var) if config.learn else carry.belief
+        if config.learn and config.forgetting < 1:
+            before = before.forget(config.forgetting, 10 * config.prior_var * before.mean.size)
+        after, info = ekf.update(before, error, zero, carry.R, config.num_linearizations)
+        carry = carry._replace(report=dict(
+            error=jnp.sqrt(jnp.square(info.innovation).mean()), nll=-info.log_lik, nis=info.nis,
+            covered=1.0 * (info.nis < ekf.nis_band(zero.size, 1, 0.9)[1])))  # 0.95 on average if the belief is right
+        if config.learn and config.noise_rate:
+            carry = carry._replace(R=ekf.adapt_R(carry.R, after, error, zero, config.noise_rate),
+                                   drift_var=ekf.adapt_noise(carry.drift_var, before, after, config.noise_rate))
+        return carry._replace(belief=after) if config.learn else carry
 
 
-def learn(mind, seen, fixed, env, config):
-    """The mind after one more transition, and how well it had foreseen that."""
-    def missed(theta, seen):
-        return error(placed(theta, fixed, config), seen, env, config)
-
-    def absorb(belief, seen, R):  # that g + v − y was 0
-        h = functools.partial(missed, seen=seen)
-        return ekf.update(belief, h, jnp.zeros_like(R), R, config.num_linearizations)
-
-    window = jax.tree.map(lambda old, new: jnp.concatenate([old[1:], new[None]]), mind.window, seen)
-    mind = mind._replace(window=window, known=jnp.append(mind.known[1:], True))
-    before = mind.belief.predict(noise=mind.drift_var) if config.learner == "ekf" else mind.belief
-    if config.learner == "ekf" and config.forgetting < 1:  # up to ten times the prior, where nothing is learnt
-        before = before.forget(config.forgetting, 10 * config.prior_var * before.mean.size)
-    after, info = absorb(before, seen, mind.R)
-    if config.learner == "ekf":
-        mind = mind._replace(belief=after)
-    if config.learner == "ekf" and config.noise_rate:
-        h = functools.partial(missed, seen=seen)
-        mind = mind._replace(R=ekf.adapt_R(mind.R, after, h, jnp.zeros_like(mind.R), config.noise_rate),
-                             drift_var=ekf.adapt_noise(mind.drift_var, before, after, config.noise_rate))
-    if config.learner == "refit":
-        R = mind.R[None] + jnp.where(mind.known, 0.0, jnp.inf)[:, None]
-        start = prior(fixed, env, config).belief
-        belief, _ = jax.lax.scan(lambda belief, row: (absorb(belief, *row)[0], None), start, (window, R))
-        mind = mind._replace(belief=belief)
-    if config.learner == "gradient":
-        mind = descend(mind, fixed, env, config)
-    return mind, dict(error=jnp.sqrt(jnp.square(info.innovation).mean()), nll=-info.log_lik, nis=info.nis,
-                      covered=info.nis < ekf.nis_band(mind.R.size, 1, 0.9)[1])  # as are 95% of right ones
-
-
-def descend(mind, fixed, env, config):
-    def loss(mean):
-        miss = errors(placed(mind.belief.unravel(mean), fixed, config), mind.window, env, config)
-        return jnp.square(miss).sum(-1).mean(where=mind.known)
-
-    def update(state, _):
-        mean, opt_state = state
-        updates, opt_state = optax.adam(config.lr).update(jax.grad(loss)(mean), opt_state)
-        return (mean + updates, opt_state), None
-
-    start = mind.belief.mean, mind.opt_state
-    (mean, opt_state), _ = jax.lax.scan(update, start, None, length=config.num_updates)
-    return mind._replace(belief=mind.belief.replace(mean=mean), opt_state=opt_state)
-
-
-def decide(key, mind, plan, x, truth, fixed, env, config):
-    """The next action, and what the next search starts from. One environment."""
-    params, single = placed(mind.belief.params, fixed, config), env.env
-
-    def dynamics(x, action):
-        known = config.learner == "oracle"
-        return single.dynamics(truth, x, action) if known else predict(params, x, action, env, config)
-
-    cost = functools.partial(planning.trajectory_cost, dynamics, single.cost, single.terminal_cost, x)
-    exact = config.learner == "oracle" or config.model == "physics"  # the best plan is best at fooling a network
-    plan, action, _ = planning.icem(
-        key, cost, plan, *env.action_space.bounds, num_samples=config.num_samples, num_elites=config.num_elites,
-        num_iterations=config.num_iterations, init_std=config.init_std, noise_beta=config.noise_beta,
-        decay=config.population_decay, return_mode="best" if exact else "mean")
-    return plan, action
+def read_params(path, like):  # -> weights and scaling; their names and shapes must be those of `like`
+    found, due = ({name: leaf.shape for name, leaf in flatten_dict(tree, sep="/").items()}
+                  for tree in (read_arrays(path), like))
+    for name in sorted(found.keys() | due.keys()):
+        if found.get(name) != due.get(name):
+            raise UserError(f"{path}: {name} has shape {found.get(name)}, the config's network {due.get(name)}")
+    return jax.tree.map(jnp.asarray, read_arrays(path))
 
 
 class Run(NamedTuple):
-    fixed: Fixed
-    mind: Mind  # (E, …)
-    plan: planning.Carry  # (E, …)
+    agent: Agent
+    carry: Carry  # (E, ...)
     env_state: Any
     obs: jax.Array
-    last: dict  # the newest transition, (E, …)
-    score: jax.Array  # (E,), return of the episode so far
+    clock: Clock
 
 
-def init(key, env, config):
-    check_choices(config, model=("mlp", "residual", "physics"), adapt=("all", "last_layer", "lora_xs", "tiny_lora"),
-                  learner=("none", "oracle", "gradient", "ekf", "refit"), belief=("full", "diagonal", "low_rank"))
-    fixed_key, env_key = jax.random.split(key)
-    fixed = fixed_part(fixed_key, env, config)
-    mind, _ = fresh(fixed, env, config)
-    return start(env_key, fixed, mind, env, config)
+def init(key, source, config):
+    check_choices(config, model=("mlp", "physics"), adapt=("all", "last_layer"),
+                  belief=("full", "diagonal", "low_rank"))
+    refused = {'has no layers: adapt="all"': config.adapt != "all", 'has no weights to read: pretrained=""':
+               config.pretrained, "needs an environment with hidden Params": not hasattr(source.env, "guess")}
+    for words in [words for words, holds in refused.items() if config.model == "physics" and holds]:
+        raise UserError(f'model="physics" {words}')
+    agent_key, env_key = jax.random.split(key)
+    env_state, obs = source.reset(env_key)
+    agent = Agent.create(agent_key, hidden.split(source.env, obs)[0][0], source.env, config)
+    run = Run(agent, None, env_state, obs, Clock.start())
+    return run._replace(carry=initial_carry(run, source.num_envs))
 
 
-def start(key, fixed, mind, env, config):
-    """A run at the start of an episode."""
-    (env_state, obs), (_, plan) = env.reset(key), fresh(fixed, env, config)
-    no, action = jnp.zeros(env.num_envs, bool), jnp.zeros((env.num_envs, *env.action_space.shape))
-    last = dict(obs=obs, action=action, next_obs=obs, reward=1.0 * no, terminated=no, truncated=no)
-    return Run(fixed, mind, plan, env_state, obs, last, 0.0 * last["reward"])
+def initial_carry(run, num_envs):
+    agent, config = run.agent, run.agent.config
+    plan = planning.initial_carry(*agent.env.action_space.bounds, config.horizon, config.kept_elites)
+    R = jnp.full_like(agent.scaling["scale"], config.obs_var)
+    report = dict.fromkeys(("error", "nll", "nis", "covered"), jnp.float32(0))
+    return repeat(Carry(agent.prior(), R, jnp.float32(config.drift_var), plan, report), num_envs)
 
 
-def fresh(fixed, env, config):
-    """Mind and plan at the start of an episode, (E, …)."""
-    plan = planning.initial_carry(*env.action_space.bounds, config.horizon, config.kept_elites)
-    first = prior(fixed, env, config), plan
-    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (env.num_envs, *leaf.shape)), first)
+def act(run, carry, obs, key):
+    x, truth = hidden.split(run.agent.env, obs)  # no truth, unless the environment reveals it
+    plan, action = jax.vmap(run.agent.search)(jax.random.split(key, len(obs)), carry.belief, carry.plan, x, truth)
+    return carry._replace(plan=plan), action
 
 
-def train_step(run, key, env, config):
-    """One step of every environment: plan, act, observe, learn."""
-    run = interact(run, key, env, config)
-    seen = {name: run.last[name] for name in ("obs", "action", "next_obs")}
-    mind, info = jax.vmap(functools.partial(learn, fixed=run.fixed, env=env, config=config))(run.mind, seen)
-    first = fresh(run.fixed, env, config)
-    mind, plan = jax.tree.map(functools.partial(where, over(run.last)), first, (mind, run.plan))
-    return run._replace(mind=mind, plan=plan), jax.tree.map(jnp.mean, info | {"reward": run.last["reward"]})
+def observe(run, carry, step):
+    x, truth = hidden.split(run.agent.env, step.obs)
+    after = jax.vmap(run.agent.learn)(carry, x, step.action, hidden.split(run.agent.env, step.next_obs)[0])
+    return after if truth is None else carry._replace(report=after.report)
 
 
-def interact(run, key, env, config):
-    """The run after one step of which nothing is learnt."""
-    plan_key, noise_key, env_key = jax.random.split(key, 3)
-    truth = run.env_state.env.params if config.learner == "oracle" else None
-    choose = functools.partial(decide, fixed=run.fixed, env=env, config=config)
-    plan, action = jax.vmap(choose)(jax.random.split(plan_key, env.num_envs), run.mind, run.plan, run.obs, truth)
-    half = (env.action_space.bounds[1] - env.action_space.bounds[0])[None] / 2
-    noise = config.action_noise * half * jax.random.normal(noise_key, action.shape)
-    action = env.action_space.clip(action + noise)
-    env_state, step = env.step(env_key, run.env_state, action)
-    score = jnp.where(over(run.last), 0.0, run.score) + step.reward
-    last = dict(obs=run.obs, action=action, next_obs=step.next_obs, reward=step.reward, terminated=step.terminated,
-                truncated=step.truncated)
-    return run._replace(plan=plan, env_state=env_state, obs=step.obs, last=last, score=score)
+def train_step(run, key, source, config):
+    """One step of every environment: act, step, observe; where an episode ended, the carry starts again."""
+    act_key, _, env_key = jax.random.split(key, 3)  # three, so that the results of docs/icem_online.md come out again
+    carry, action = act(run, run.carry, run.obs, act_key)
+    env_state, step = source.step(env_key, run.env_state, action)
+    carry = observe(run, carry, Transition.of(run.obs, action, step))
+    info = jax.tree.map(jnp.mean, carry.report | dict(reward=step.reward))
+    carry = restart(ended(step), initial_carry(run, source.num_envs), carry)
+    clock = run.clock.tick(env_steps=source.num_envs, updates=source.num_envs * config.learn)
+    run = run._replace(carry=carry, env_state=env_state, obs=step.obs, clock=clock)
+    return run, info | dict(episode=jax.tree.map(jnp.sum, step.info["episode"]))
 
 
-def over(last):
-    return last["terminated"] | last["truncated"]
-
-
-def measure(run, key, env, config):
-    """The return of the episode so far and, with `eval_steps`, the cost of another with the weights of now."""
-    if not config.eval_steps:
-        return {"return": run.score.mean()}
-    reset_key, key = jax.random.split(key)
-    other = start(reset_key, run.fixed, run.mind, env, config)
-    keys = jax.random.split(key, config.eval_steps)
-    other, _ = jax.lax.scan(lambda run, key: (interact(run, key, env, config), None), other, keys)
-    return {"return": run.score.mean(), "goal_cost": -other.score.mean()}
+def measure(run, key, source, config):
+    """`rehearsal`: the return of episodes of `source` with the weights of the moment, which stay fixed."""
+    if not config.rehearse:
+        return {}
+    index = jnp.arange(source.num_envs) % config.num_envs  # whose weights each episode plays with
+    carry = jax.tree.map(lambda leaf: leaf[index], run.carry)._replace(plan=initial_carry(run, source.num_envs).plan)
+    return {"rehearsal": evaluate(functools.partial(act, run), source, key, carry)[0].mean()}

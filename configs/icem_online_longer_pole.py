@@ -4,7 +4,7 @@ import math
 from configs import icem_online_cartpole
 
 
-def get_config():
-    config = icem_online_cartpole.get_config()
+def get_config(algorithm="icem_online_lora"):
+    config = icem_online_cartpole.get_config(algorithm)
     config.env_kwargs.jump_by = (("log_half_length", math.log(2)),)
     return config
