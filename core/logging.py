@@ -36,8 +36,8 @@ class Logger:
             write(self.workdir / "metrics.csv", "")
             write(self.workdir / "config.json", json.dumps(config, indent=1))  # last: it says that here lives a run
         else:
-            header_and_rows = (self.workdir / "metrics.csv").read_text().splitlines(keepends=True)[: rows + 1]
-            write(self.workdir / "metrics.csv", "".join(header_and_rows))
+            lines = (self.workdir / "metrics.csv").read_text().splitlines(keepends=True)
+            write(self.workdir / "metrics.csv", "".join(lines[: rows + 1] if rows else []))
 
     def write(self, per_seed: dict[str, np.ndarray]) -> None:
         """One row per seed; every value has one entry per seed. The first column is the clock. NaN is an empty cell."""

@@ -230,9 +230,17 @@ def teams_of(config):
     return getattr(make_env(name, 1, **settings).env, "teams", None)
 
 
+def moved(algorithm, run, config):
+    """The run as if it had been started in the evaluation environment."""
+    if eval_settings(config) == (config.env, {**config.get("env_kwargs", {})}):
+        return run
+    return rebind(algorithm, run, eval_env(config, config.get("num_envs", 1)), config)
+
+
 def rebind(algorithm, run, env, config):
-    """The run as if it had been started in `env`: its arrays, and what is fixed of that environment. So a planner knows
-    the costs of the environment that it is evaluated in. A run on a data set has nothing of an environment."""
+    """The run as if it had been started in `env`, of `num_envs` copies: its arrays, and what is fixed of that
+    environment. So a planner knows the costs where it is evaluated. A run on a data set has nothing of an environment.
+    """
     if "dataset" in config:
         return run
     like = jax.eval_shape(lambda key: algorithm.init(key, env, config), jax.random.key(0))
@@ -242,8 +250,7 @@ def rebind(algorithm, run, env, config):
 def episodes_of(algorithm, config, episodes, eval_seed):
     """f(run, seed) -> returns [E] or [E, N] and lengths [E] of one seed's evaluation episodes."""
     def play(run, seed):
-        env = eval_env(config, episodes)
-        run = rebind(algorithm, run, env, config)
+        env, run = eval_env(config, episodes), moved(algorithm, run, config)
         act, observe = policy(algorithm, run)
         key = jax.random.fold_in(jax.random.key(eval_seed), seed)
         return evaluate(act, env, key, start_carry(algorithm, run, episodes), observe)

@@ -77,7 +77,7 @@ def evaluate_run(*, run: str, episodes: int = 100, eval_seed: int = 1_000_000, b
     if gif:
         from core import render
 
-        first = cli.rebind(algorithm, jax.tree.map(lambda x: x[0], arrays), cli.eval_env(config, 1), config)
+        first = cli.moved(algorithm, jax.tree.map(lambda x: x[0], arrays), config)
         states, reward, _ = play(algorithm, first, single, jax.random.fold_in(jax.random.key(eval_seed), meta["seed"]))
         render.write_gif(gif, render.film(render.scenes(single, states), reward), fps=20)
     return row

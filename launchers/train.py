@@ -47,7 +47,7 @@ def train(config, *, seed: int = 0, num_seeds: int = 1, eval_seed: int = 1_000_0
         workdir: Folder of this run; by default a new one under runs/.
         resume: Go on from the newest checkpoint in workdir.
         save_every: Seconds between checkpoints, at least; there is one at the end and on SIGTERM, too.
-        devices: Devices to spread the seeds over; a CPU is split into so many. 0: all there are.
+        devices: Devices to spread the seeds over. 0: all accelerators. A CPU is split into as many as asked for.
         chunk: Iterations of one call of the program; 0: about half a second's worth.
         smoke: Shrink the budget to seconds.
         wandb: Mirror the local files to Weights & Biases.
@@ -58,11 +58,11 @@ def train(config, *, seed: int = 0, num_seeds: int = 1, eval_seed: int = 1_000_0
     if num_seeds < 1:
         raise UserError(f"--num_seeds={num_seeds}: at least 1")
     workdir = workdir or f"runs/{cli.config_name(config)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    use_devices(devices, coordinator, num_processes, process_id)
+    num_devices = use_devices(devices, coordinator, num_processes, process_id)
     config = ml_collections.ConfigDict(config.to_dict())
     config = ml_collections.FrozenConfigDict(cli.smoke(config) if smoke else config)
     began, seeds = time.perf_counter(), np.arange(seed, seed + num_seeds, dtype=np.int32)
-    job = compile_job(cli.algorithm_of(config), config, seeds, eval_seed, devices or jax.device_count())
+    job = compile_job(cli.algorithm_of(config), config, seeds, eval_seed, num_devices)
     compile_seconds = time.perf_counter() - began
 
     stored = cli.config_dict(config) | dict(seed=seed, num_seeds=num_seeds, eval_seed=eval_seed)
@@ -82,7 +82,7 @@ def train(config, *, seed: int = 0, num_seeds: int = 1, eval_seed: int = 1_000_0
         raise UserError(f"{folder} is finished: its budget of {config[job.clock]:,} {job.clock} is spent")
     if row is None:  # it was killed between its last checkpoint and its summary
         row = {k: v[-1] for k, v in read_metrics(folder).items() if k != "seed"}
-    summary = summary_of(job, seeds, row, compile_seconds, seconds) | dict(smoke=smoke)
+    summary = summary_of(job, seeds, row, compile_seconds, seconds, num_devices) | dict(smoke=smoke)
     if lead:
         logger.close(summary)
         print(table(summary, folder))
@@ -102,6 +102,8 @@ def use_devices(devices, coordinator, num_processes, process_id):
     cli.compilation_cache()
     if devices > jax.device_count():
         raise UserError(f"--devices={devices}, but JAX has {jax.device_count()}")
+    one_cpu = jax.default_backend() == "cpu" and jax.process_count() == 1
+    return devices or (1 if one_cpu else jax.device_count())
 
 
 class Job(NamedTuple):
@@ -141,7 +143,7 @@ def programs(algorithm, config, num_seeds, eval_seed, source):
         def iteration(i, state):
             run, (sums, bad) = state
             run, info = train_step(run, jax.random.fold_in(key, i), data)
-            finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(info)]).all()
+            finite = jax.tree.reduce(lambda ok, x: ok & jnp.isfinite(x).all(), info, jnp.bool_(True))
             return run, (jax.tree.map(jnp.add, sums, info), jnp.where(finite | (bad >= 0), bad, i))
 
         return jax.lax.fori_loop(start, stop, iteration, (run, totals))
@@ -154,7 +156,7 @@ def programs(algorithm, config, num_seeds, eval_seed, source):
         if offline:
             return algorithm.measure(run, key, data, config)
         env = cli.eval_env(config, config.num_envs)
-        return algorithm.measure(cli.rebind(algorithm, run, env, config), key, env, config)
+        return algorithm.measure(cli.moved(algorithm, run, config), key, env, config)
 
     def nothing(run, seed, data):
         return {}
@@ -170,7 +172,7 @@ def compile_job(algorithm, config, seeds, eval_seed, num_devices):
     (clock, iteration), source = cli.iteration_of(config), cli.source_of(config)
     if getattr(source, "on_host", False) and num_devices > 1:
         raise UserError(f'environment "{config.env}" runs on the host: --devices=1')
-    mesh = jax.make_mesh((num_devices,), ("devices",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((num_devices,), ("devices",), axis_types=(AxisType.Auto,), devices=jax.devices()[:num_devices])
     whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("devices"))
     by_seed = len(seeds) % num_devices == 0  # every device has seeds of its own and waits for no other
 
@@ -336,7 +338,7 @@ def means_of(sums, iterations, teams):
     return returns | dict(train_length=episode["length"] / count, train_episodes=episode["count"]) | means
 
 
-def summary_of(job, seeds, row, compile_seconds, train_seconds):
+def summary_of(job, seeds, row, compile_seconds, train_seconds, devices):
     config, final = job.config, {name: summarize(row[name]) for name in job.scores}
     env_steps, updates = (int(np.median(row[name])) for name in ("env_steps", "updates"))
     taken = env_steps - config.get("random_steps", 0)
@@ -348,7 +350,7 @@ def summary_of(job, seeds, row, compile_seconds, train_seconds):
         env_steps_per_second=taken * len(seeds) / train_seconds,
         updates_per_second=updates * len(seeds) / train_seconds,
         peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        device=jax.devices()[0].device_kind, devices=jax.device_count())
+        device=jax.devices()[0].device_kind, devices=devices)
 
 
 def table(summary, folder):

@@ -14,6 +14,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_debug_key_reuse", True)
+jax.config.update("jax_num_cpu_devices", 2)  # so that what is spread over devices is tested in this process
 
 
 @pytest.fixture(autouse=True)

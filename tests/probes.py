@@ -4,6 +4,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+import core.envs
 from core.envs import Batch, Box, Discrete, TimeStep
 
 NO = jnp.array(False)
@@ -69,5 +70,29 @@ class Clock(NamedTuple):
         return t + 1, time_step(jnp.full(1, t + 1, jnp.float32), 1.0, truncated=t + 1 == 3)
 
 
+class Dilemma(NamedTuple):
+    """One step, two opponents: the prisoner's dilemma. Action 1, to defect, dominates, and both then get −2."""
+
+    max_steps: int = 1
+    action_space: Discrete = Discrete(2)
+    num_agents: int = 2
+    teams: tuple = (0, 1)
+
+    def reset(self, key):
+        return (), jnp.zeros((2, 1))
+
+    def step(self, key, state, action):
+        payoff = jnp.float32([[-1.0, -3.0], [0.0, -2.0]])  # of the first index' player
+        reward = jnp.stack([payoff[action[0], action[1]], payoff[action[1], action[0]]])
+        return (), TimeStep(jnp.zeros((2, 1)), jnp.zeros((2, 1)), reward, ~NO, NO, {})
+
+
 def batch(env, num_envs=8):
     return Batch(env, num_envs)
+
+
+def make_env(name, num_envs, **kwargs):
+    """`core.envs.make_env`, which knows these probes as probe/Target and so on, too."""
+    if name.startswith("probe/"):
+        return Batch(globals()[name.removeprefix("probe/")](**kwargs), num_envs)
+    return core.envs.make_env(name, num_envs, **kwargs)
