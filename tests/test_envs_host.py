@@ -16,12 +16,15 @@ from core.evaluation import evaluate
 gymnasium = pytest.importorskip("gymnasium")
 
 FILE, COSTS = "core/envs/from_gymnasium.py", "core/envs/mujoco_costs.py"
+LOST, AGAIN, SEEDS = (
+    "test_episodes_lost_with_their_process_start_afresh", "test_a_call_that_is_repeated_gives_the_same_step",
+    "test_seeds_under_vmap_are_simulated_as_alone")
 PENDULUM, REACHER, CHEETAH, UNKNOWN = (
     "test_the_planner_is_told_what_the_inverted_pendulum_pays", "test_the_planner_is_told_what_the_reacher_pays",
     "test_the_planner_is_told_nearly_what_the_half_cheetah_pays", "test_a_cost_that_is_not_known_is_refused")
 PLANTED_ERRORS = {
-    "successor is the reset observation": (FILE, "                step.obs[i], self.totals[i]",
-                                           "                step.next_obs[i], self.totals[i]"),
+    "successor is the reset observation": (FILE, "                steps.obs[at], self.totals[i]",
+                                           "                steps.next_obs[at], self.totals[i]"),
     "no reset": (FILE, "= env.reset()[0], 0.0, 0", "= env.reset()[0] * 0 + obs, 0.0, 0"),
     "flags swapped": (FILE, "= terminated, truncated and not terminated", "= truncated and not terminated, terminated"),
     "end at the limit counted twice": (FILE, "truncated and not terminated", "truncated"),
@@ -30,15 +33,26 @@ PLANTED_ERRORS = {
     "length goes on": (FILE, "= env.reset()[0], 0.0, 0", "= env.reset()[0], 0.0, self.lengths[i]"),
     "one seed for all copies": (FILE, "env.reset(seed=seed)", "env.reset(seed=seeds[0])"),
     "unseeded": (FILE, "env.reset(seed=seed)", "env.reset()"),
-    "key ignored": (FILE, "SeedSequence([*self.entropy, clock])", "SeedSequence([clock])"),
+    "key ignored": (FILE, "SeedSequence([*key, clock])", "SeedSequence([clock])"),
     "actions not clipped": (FILE, "np.clip(action.reshape(-1, *space.shape), space.low, space.high)",
                             "action.reshape(-1, *space.shape)"),
     "actions start at zero": (FILE, "(action + space.start)", "action"),
     "actions mixed": (FILE, "env.step(actions[i])", "env.step(actions[-1 - i])"),
-    "lost episodes go on": (FILE, "if clock == self.clock:", "if True:"),
-    "lost episodes start as at first": (FILE, "self._reset(self.entropy, clock)", "self._reset(self.entropy)"),
-    "lost episodes are terminations": (FILE, "next_obs=fresh, truncated=", "next_obs=fresh, terminated="),
-    "clock stands": (FILE, "self.clock = clock + 1", "self.clock = clock"),
+    "lost episodes go on": (FILE, "if (key, clock) == (self.key, self.clock):", "if self.key == key:", LOST),
+    "lost episodes of another key go on": (FILE, "if (key, clock) == (self.key, self.clock):",
+                                           "if clock == self.clock:", LOST),
+    "lost episodes start as at first": (FILE, "self.reset(key, clock)", "self.reset(key, 0)", LOST),
+    "lost episodes are terminations": (FILE, "steps.truncated[seed] = True", "steps.terminated[seed] = True", LOST),
+    "clock stands": (FILE, "self.clock, self.last = clock + 1", "self.clock, self.last = clock"),
+    "a call repeated is a step": (FILE, "if self.last is not None and", "if False and", AGAIN),
+    "a call repeated by another seed": (FILE, "old[row])", "old[0])", AGAIN),
+    "the last call outlives a reset": (FILE, "self.key, self.clock, self.last = key, clock, None",
+                                       "self.key, self.clock = key, clock", AGAIN),
+    "one set of simulators for all seeds": (FILE, "return self.simulators[i]", "return self.simulators[0]", SEEDS),
+    "seeds share a key": (FILE, ".reset(key.tolist(), clock=0) for i, key in enumerate(np.asarray(words))",
+                          ".reset(np.asarray(words)[0].tolist(), clock=0) for i, key in enumerate(words)", SEEDS),
+    "seeds share actions": (FILE, "self.to_host(row[:-3]", "self.to_host(words[0, :-3]", SEEDS),
+    "seeds fill in one row": (FILE, "steps.reward[at] = obs, obs", "steps.reward[0, i] = obs, obs", SEEDS),
     "pendulum falls later": (COSTS, "<= 0.2)", "<= 0.25)", PENDULUM),
     "pendulum falls to one side": (COSTS, "jnp.abs(next_x[1])", "next_x[1]", PENDULUM),
     "pendulum of the old state": (COSTS, "jnp.abs(next_x[1])", "jnp.abs(x[1])", PENDULUM),
@@ -54,7 +68,7 @@ PLANTED_ERRORS = {
     "cheetah's effort": (COSTS, "0.1 * jnp.square(action)", "1.0 * jnp.square(action)", CHEETAH),
     "costs known whatever the settings": (FILE, ' and not kwargs.keys() - {"max_episode_steps"}', "", UNKNOWN),
     "a time limit is a setting": (FILE, ' - {"max_episode_steps"}', "", REACHER),
-    "terminal cost": (FILE, "lambda x: jnp.zeros(())", "lambda x: jnp.ones(())", REACHER),
+    "terminal cost": (FILE, "return jnp.zeros(())", "return jnp.ones(())", REACHER),
 }
 
 
@@ -174,22 +188,64 @@ def test_discrete_actions_start_where_theirs_do(echo):
 
 
 def test_episodes_lost_with_their_process_start_afresh():
-    """A state that goes on elsewhere: one time limit that counts nothing, then fresh episodes, counted from zero."""
-    key, steps = jax.random.key(0), 4
-    _, _, (env_state, _) = play(key, make_env("gymnasium/CartPole-v1", 2), balance, steps)
-    env = make_env("gymnasium/CartPole-v1", 2)
-    start = jax.jit(env.reset)(key)[1]
-    lost_state, lost = jax.jit(env.step)(key, env_state, jnp.zeros(2, jnp.int32))
-    assert lost.truncated.all() and not lost.terminated.any() and not lost.reward.any()
-    assert not jax.tree.reduce(lambda a, b: a + b.sum(), lost.info, 0)
-    np.testing.assert_array_equal(lost.obs, lost.next_obs)
-    assert (np.abs(lost.obs) <= 0.05).all() and (np.abs(lost.obs - start) > 1e-5).all()
-    state, lengths = lost_state, []
+    """Of 2 seeds after a resume: one time limit that counts nothing, then fresh episodes, counted from zero."""
+    keys, steps, actions = jax.random.split(jax.random.key(0), 2), 4, jnp.zeros((2, 2), jnp.int32)
+    env, other = make_env("gymnasium/CartPole-v1", 2), make_env("gymnasium/CartPole-v1", 2)
+    env_state = jax.jit(jax.vmap(lambda key: play(key, env, balance, steps)[2][0]))(keys)
+    start, step = jax.jit(jax.vmap(other.reset))(keys)[1], jax.jit(jax.vmap(other.step))
+    for state in (env_state, env_state._replace(clock=jnp.zeros(2, jnp.int32), key=env_state.key + 1)):
+        state, lost = step(keys, state, actions)
+        assert lost.truncated.all() and not lost.terminated.any() and not lost.reward.any()
+        assert not jax.tree.reduce(lambda a, b: a + b.sum(), lost.info, 0)
+        np.testing.assert_array_equal(lost.obs, lost.next_obs)
+        assert (np.abs(lost.obs) <= 0.05).all() and len(np.unique(np.stack([lost.obs, start]))) == 2 * start.size
+    assert [int(clock) for clock in state.clock] == [simulators.clock for simulators in other.simulators] == [1, 1]
+    lengths = []
     for _ in range(40):
-        state, ts = jax.jit(env.step)(key, state, jnp.zeros(2, jnp.int32))
-        lengths.append(ts.info["episode"]["length"])
+        state, ts = step(keys, state, actions)
+        lengths.append(ts.info["episode"]["length"][0, 0])
     lengths = np.asarray(lengths)
-    np.testing.assert_array_equal(lengths[lengths[:, 0] > 0, 0][0], np.flatnonzero(lengths[:, 0])[0] + 1)
+    np.testing.assert_array_equal(lengths[lengths > 0][0], np.flatnonzero(lengths)[0] + 1)
+
+
+def test_a_call_that_is_repeated_gives_the_same_step():
+    """Then the episodes go on; a reset by the same key forgets the call."""
+    env, keys = make_env("gymnasium/CartPole-v1", 2), jax.random.split(jax.random.key(0), 2)
+    actions = jnp.ones((2, 2), jnp.int32)
+    reset, step = jax.jit(jax.vmap(env.reset)), jax.jit(jax.vmap(env.step))
+    state, obs = reset(keys)
+    first = step(keys, state, actions)
+    jax.tree.map(np.testing.assert_array_equal, step(keys, state, actions), first)
+    assert not np.array_equal(first[1].obs[0], first[1].obs[1])
+    second = step(keys, first[0], actions)
+    assert not second[1].truncated.any() and (second[1].obs != first[1].obs).all()
+    again, same = reset(keys)
+    np.testing.assert_array_equal(obs, same)
+    jax.tree.map(np.testing.assert_array_equal, step(keys, again, actions), first)
+    jax.tree.map(np.testing.assert_array_equal, step(keys, first[0], actions), second)
+
+
+def test_seeds_under_vmap_are_simulated_as_alone():
+    """In a loop whose length is an argument, and in an evaluation, where one seed ends before the other."""
+    env, tests = make_env("gymnasium/CartPole-v1", 2), make_env("gymnasium/CartPole-v1", 3)
+
+    def seed(key, steps):
+        def step(i, state):
+            (env_state, obs), total = state
+            action = jax.random.randint(jax.random.fold_in(key, i), (2,), 0, 2)
+            env_state, ts = env.step(key, env_state, action)
+            return (env_state, ts.obs), total + ts.reward + 100 * ts.info["episode"]["return"] + 7 * ts.terminated
+
+        played = jax.lax.fori_loop(0, steps, step, (env.reset(key), jnp.zeros(2)))
+        return played, evaluate(lambda carry, obs, key: (carry, fall(0, obs)), tests, jax.random.fold_in(key, 999))
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    with jax.debug_key_reuse(False):  # it misfires under vmap
+        together, alone = jax.jit(jax.vmap(seed, (0, None)))(keys, 60), jax.jit(seed)
+        for i in (2, 0, 1):
+            jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[i], b), together, alone(keys[i], 60))  # noqa: B023
+    assert len(np.unique(together[0][0][1])) == 3 * 2 * 4 and together[0][1].min() > 100
+    assert (len(env.simulators), len(env.simulators[2].envs), len(tests.simulators[2].envs)) == (3, 2, 3)
 
 
 def test_ppo_runs_on_the_host_as_anywhere():
@@ -207,8 +263,8 @@ def test_ppo_runs_on_the_host_as_anywhere():
         return jax.lax.fori_loop(0, 3, step, ppo.init(jax.random.fold_in(key, 9), env, config))
 
     run = train(jax.random.key(0))
-    np.testing.assert_allclose(run.obs, [simulator.unwrapped.state for simulator in env.envs], rtol=1e-6)
-    assert int(run.env_state.clock) == env.clock == 3 * config.num_steps
+    np.testing.assert_allclose(run.obs, [simulator.unwrapped.state for simulator in env.simulators[0].envs], rtol=1e-6)
+    assert int(run.env_state.clock) == env.simulators[0].clock == 3 * config.num_steps
     again = train(jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, run, again)
 
