@@ -24,9 +24,9 @@ One step, in every environment:
     4  restart   belief and plan <- their first values, where the episode ended          train_step, initial_carry
 
 Symbols: θ a tree, φ (n,), x (d,), u (A,); m, P belief.mean, belief.cov; Σ_t cov; D_t jacobian; R obs_var · 1, the same
-in the filter and in I; Q_t max(drift_var · drift_decay^t, drift_floor) · 1; λ info_weight; H horizon; c, c_end env.cost,
-env.terminal_cost. Where the environment reveals its truth (env_kwargs.reveal), the plan uses the true φ with I = 0, and
-nothing is learnt: perfect knowledge. With learn=False the belief keeps its first value.
+in the filter and in I; Q_t max(drift_var · drift_decay^t, drift_floor) · 1; λ info_weight; H horizon; c env.cost,
+c_end env.terminal_cost. Where the environment reveals its truth (env_kwargs.reveal), the plan uses the true φ with
+I = 0, and nothing is learnt: perfect knowledge. With learn=False the belief keeps its first value.
 
 Departures: I is in nats and is not divided by the number of parameters. The filter uses the newest transition before
 the next plan is made. I counts only the rows of D_t that the environment calls informative; a row that it leaves out is
