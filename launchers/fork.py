@@ -30,10 +30,14 @@ def fork(*names: str, diff: str | None = None) -> None:
             print(f"{COLORS[line[0]]}{line}\x1b[0m" if color else line)
     elif diff is None and len(names) == 2:
         parent, child = names
-        for name in copy(parent, child):
-            print(f"wrote {name}")
-        print("next:", f"    python -m launchers.train --config=algorithms/{child}.py --smoke",
-              f"    python -m pytest tests/test_{child}.py", f"    python -m launchers.fork --diff={child}", sep="\n")
+        files = copy(parent, child)
+        print("\n".join(f"wrote {name}" for name in files))
+        print(f"next:\n    python -m launchers.train --config=algorithms/{child}.py --smoke")
+        for stem in sorted(takes_a_method(parent) - configs_of(parent).keys()):
+            print(f"    python -m launchers.train --config=configs/{stem}.py:{child} --smoke")
+        if f"tests/test_{child}.py" in files:
+            print(f"    python -m pytest tests/test_{child}.py")
+        print(f"    python -m launchers.fork --diff={child}")
     else:
         raise UserError("name a method and the name of the copy, e.g. ppo my_idea; or say --diff=my_idea")
 
@@ -51,7 +55,7 @@ def copy(parent, child):
         raise UserError(f'"{child}" cannot be the name of a Python file')
     files = {f"algorithms/{child}.py": with_parent(source_of(parent), parent)}
     configs = configs_of(parent)
-    names = {stem: child + stem.removeprefix(parent) for stem in [parent, *configs]}
+    names = {parent: child} | {stem: f"{child}_{stem.removeprefix(family(stem) + '_')}" for stem in configs}
     files |= {f"configs/{names[stem]}.py": rename(text, names) for stem, text in configs.items()}
     test = cli.ROOT / "tests" / f"test_{parent}.py"
     if test.exists():
@@ -61,14 +65,43 @@ def copy(parent, child):
 
 
 def configs_of(parent):
-    """{name: text} of the configs <parent>_….py that import the parent, or another such config."""
-    texts = {path.stem: path.read_text() for path in sorted((cli.ROOT / "configs").glob(f"{parent}_*.py"))}
-    modules = {stem: {alias.name for alias in imports(ast.parse(text))} for stem, text in texts.items()}
+    """{name: text} of the configs that run the parent and have its name, or that of its own parent, before theirs."""
+    texts = {path.stem: path.read_text() for path in sorted((cli.ROOT / "configs").glob("*.py"))
+             if f"{parent}_".startswith(f"{family(path.stem)}_")}
+    used = {stem: methods_of(ast.parse(text)) for stem, text in texts.items()}
     own, size = {parent}, 0
     while len(own) > size:
         size = len(own)
-        own |= {stem for stem in texts if own & modules[stem]}
+        own |= {stem for stem in texts if own & used[stem]}
     return {stem: text for stem, text in texts.items() if stem in own}
+
+
+def family(config):
+    """The longest name of a method that the name of a config begins with: ppo of ppo_cartpole."""
+    names = [path.stem for path in (cli.ROOT / "algorithms").glob("*.py") if config.startswith(f"{path.stem}_")]
+    return max(names, key=len, default=config)
+
+
+def methods_of(tree):
+    """What a config runs: the method that get_config takes by default, else the modules that it imports."""
+    taken = {default.value for default in defaults(tree)}
+    return taken or {alias.name for alias in imports(tree)}
+
+
+def takes_a_method(parent):
+    """The configs whose argument is a method, by default this one, a child or a parent of it."""
+    texts = {path.stem: path.read_text() for path in (cli.ROOT / "configs").glob("*.py")}
+    taken = {stem: {default.value for default in defaults(ast.parse(text))} for stem, text in texts.items()}
+    return {stem for stem, names in taken.items() for name in names
+            if f"{name}_".startswith(f"{parent}_") or f"{parent}_".startswith(f"{name}_")}
+
+
+def defaults(tree):
+    """The nodes of default arguments that are names of methods."""
+    known = {path.stem for path in (cli.ROOT / "algorithms").glob("*.py")}
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return [node for function in functions for node in function.args.defaults
+            if isinstance(node, ast.Constant) and node.value in known]
 
 
 def with_parent(source, parent):
@@ -91,19 +124,21 @@ def imports(tree):
 
 
 def rename(source, names):
-    """`source` with new `names` for modules: in imports, where they are used, in paths, in names of tests."""
+    """`source` with new names, {parent: child, config: its copy, …}: in imports, where they are used, in default
+    arguments, in paths, and in the names of tests."""
     tree = ast.parse(source)
     aliases = [alias for alias in imports(tree) if alias.name in names]
     bound = {alias.name for alias in aliases if alias.asname is None}
     uses = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id in bound]
+    taken = [node for node in defaults(tree) if node.value in names]
     lines = source.splitlines(keepends=True)
-    for node in sorted([*aliases, *uses], key=lambda node: (node.lineno, node.col_offset), reverse=True):
-        line, start = lines[node.lineno - 1].encode(), node.col_offset  # in bytes
-        old = node.id if isinstance(node, ast.Name) else node.name
+    for node in sorted([*aliases, *uses, *taken], key=lambda node: (node.lineno, node.col_offset), reverse=True):
+        line, start = lines[node.lineno - 1].encode(), node.col_offset + (node in taken)  # in bytes, after a quote
+        old = node.id if isinstance(node, ast.Name) else node.value if node in taken else node.name
         lines[node.lineno - 1] = (line[:start] + names[old].encode() + line[start + len(old):]).decode()
     words = "|".join(sorted(names, key=len, reverse=True))
     source = re.sub(rf"\b(algorithms|configs)([/.])({words})\b", lambda m: m[1] + m[2] + names[m[3]], "".join(lines))
-    parent = min(names, key=len)
+    parent = next(iter(names))
     others = [path.stem for path in (cli.ROOT / "algorithms").glob(f"{parent}_*.py")]  # keep test_<parent>_<other>
     longer = "".join(rf"(?!{other.removeprefix(parent)}\b)" for other in others)
     return re.sub(rf"\btest_{parent}(?![a-zA-Z0-9]){longer}", f"test_{names[parent]}", source)

@@ -22,12 +22,20 @@ PLANTED_ERRORS = {
     "configs of the parent run": (FILE, "rename(text, names)", "text"),
     "configs of all": (FILE, "if stem in own}", "}"),
     "no configs of configs": (FILE, "while len(own) > size:", "if True:"),
+    "no default is a method": (FILE, "return taken or {alias", "return {alias"),
+    "defaults of the parent": (FILE, "[*aliases, *uses, *taken]", "[*aliases, *uses]"),
+    "quotes are letters": (FILE, "node.col_offset + (node in taken)", "node.col_offset"),
+    "the shortest family": (FILE, "return max(names, key=len,", "return min(names, key=len,"),
+    "configs of the family": (FILE, '             if f"{parent}_".startswith(f"{family(path.stem)}_")}', "}"),
+    "other arguments": (FILE, "takes_a_method(parent) - configs_of(parent).keys()", "takes_a_method(parent)"),
+    "arguments of strangers": (FILE, 'if f"{name}_".startswith(f"{parent}_") or f"{parent}_".startswith(f"{name}_")}',
+                               "if name}"),
     "namesakes renamed": (FILE, 'if node.module in ("algorithms", "configs")', "if node.module"),
     "an alias is a use": (FILE, "for alias in aliases if alias.asname is None", "for alias in aliases"),
     "paths of the parent": (FILE, "m[1] + m[2] + names[m[3]]", "m[0]"),
-    "uses of the parent": (FILE, "sorted([*aliases, *uses]", "sorted(aliases"),
-    "characters for bytes": (FILE, "lines[node.lineno - 1].encode(), node.col_offset",
-                             'lines[node.lineno - 1].encode("latin1", "replace"), node.col_offset'),
+    "uses of the parent": (FILE, "[*aliases, *uses, *taken]", "[*aliases, *taken]"),
+    "characters for bytes": (FILE, "lines[node.lineno - 1].encode(), node.col_offset +",
+                             'lines[node.lineno - 1].encode("latin1", "replace"), node.col_offset +'),
     "tests keep their name": (FILE, 'f"test_{names[parent]}", source)', 'f"test_{parent}", source)'),
     "tests of children renamed": (FILE, "(?![a-zA-Z0-9]){longer}", "(?![a-zA-Z0-9])"),
     "over existing files": (FILE, "if (cli.ROOT / name).exists()", "if False"),
@@ -90,17 +98,26 @@ from configs import icem_drone as base
 def get_config(icem_drone="20"):
     return base.get_config() | dict(steps=int(icem_drone))
 '''
+TAKES_A_METHOD = '''"""Any method: --config=configs/icem_both.py:icem."""
+import importlib
+
+
+def get_config(algorithm="icem_hat", steps="ppo"):
+    return importlib.import_module(f"algorithms.{algorithm}").get_config() | dict(steps=steps)
+'''
 CONFIG = '"""Icem on a pendulum."""\nfrom algorithms import icem\n\n\ndef get_config():\n    return icem.get_config()\n'
 
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """A project with the method `icem`, three configs of it, and one of its child icem_hat."""
+    """A project with the method `icem`, three configs of it, one of its child icem_hat, and two that take a method."""
     monkeypatch.setattr(cli, "ROOT", tmp_path)
     for name, text in {
         "algorithms/icem.py": PARENT, "algorithms/icem_hat.py": PARENT, "configs/icem_pendulum.py": CONFIG,
         "core/ekf.py": '"""A filter."""\n',
         "configs/icem_drone.py": CONFIG, "configs/icem_drone_long.py": CONFIG_OF_CONFIG,
+        "configs/icem_both.py": TAKES_A_METHOD, "configs/adapt.py": TAKES_A_METHOD.replace("icem_hat", "icem"),
+        "configs/adapt_ppo.py": TAKES_A_METHOD.replace("icem_hat", "ppo"), "algorithms/ppo.py": PARENT,
         "configs/icem_hat_drone.py": CONFIG.replace("icem\n", "icem_hat as icem\n"),
         "tests/test_icem.py": TEST}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -119,7 +136,15 @@ def test_every_file_under_the_new_name(root, capsys):
     assert new.keys() == {"algorithms/mine.py", "configs/mine_pendulum.py", "configs/mine_drone.py",
                           "configs/mine_drone_long.py", "tests/test_mine.py"}
     assert before.items() <= files(root).items()
-    assert {f"wrote {name}" for name in new} < set(capsys.readouterr().out.splitlines())
+    said = capsys.readouterr().out.splitlines()
+    assert said[:5] == [f"wrote {name}" for name in (
+        "algorithms/mine.py", "configs/mine_drone.py", "configs/mine_drone_long.py", "configs/mine_pendulum.py",
+        "tests/test_mine.py")]
+    assert said[5:] == [
+        "next:", "    python -m launchers.train --config=algorithms/mine.py --smoke",
+        "    python -m launchers.train --config=configs/adapt.py:mine --smoke",
+        "    python -m launchers.train --config=configs/icem_both.py:mine --smoke",
+        "    python -m pytest tests/test_mine.py", "    python -m launchers.fork --diff=mine"]
     assert new["algorithms/mine.py"] == PARENT.replace(
         "(Doe, 2020).\n", "(Doe, 2020).\nChild of icem.py; the diff is the method.\n")
     assert new["configs/mine_drone.py"] == CONFIG.replace("import icem", "import mine").replace("icem.get", "mine.get")
@@ -139,6 +164,16 @@ def test_mine_config():
     assert [mine.get_config(), planning.icem, shooting, other.icem, mine_pendulum.icem, f"{mine}"]
     assert "python -m launchers.train --config=configs/mine_pendulum.py" != "core.icem and icem_hat"
 '''
+
+
+def test_a_config_that_takes_a_method_goes_with_its_default(root, capsys):
+    before = files(root)
+    fork.fork("icem_hat", "mine")
+    new = {name: text for name, text in files(root).items() if name not in before}
+    assert new.keys() == {"algorithms/mine.py", "configs/mine_drone.py", "configs/mine_both.py"}
+    assert new["configs/mine_both.py"] == TAKES_A_METHOD.replace('"icem_hat"', '"mine"').replace(
+        "configs/icem_both", "configs/mine_both")
+    assert "configs/adapt.py:mine" in capsys.readouterr().out
 
 
 def test_a_grandchild_names_its_parent_alone(root):
