@@ -4,7 +4,7 @@
 
 The first run knows the truth, reward r*; the second never learns. Each is one episode. IQM [95% CI] over paired seeds:
 
-    regret      Σ r* − r; after jump: of the steps since
+    regret      Σ r* − r of the training steps; after jump: of the steps since
     closed      1 − IQM(regret) / IQM(regret of the second) of the steps from --within after the jump on, seeds
                 resampled together. No gap: the second's own interval reaches 0, and the ratio would mean nothing
     back        steps after the jump until the mean r of the last 10 is at most 10% of the mean |r*| below that of r*,
@@ -17,49 +17,69 @@ import pathlib
 import types
 
 import numpy as np
-from absl import flags
 from numpy.lib.stride_tricks import sliding_window_view
 
 from core.errors import UserError
-from core.evaluation import iqm
+from core.evaluation import cell, iqm
 from core.logging import read_metrics
 from launchers import cli
-from launchers.runs import cell, figure, regret
+from launchers.runs import figure, regret
 
-FLAGS = flags.FLAGS
-flags.DEFINE_list("runs", None, "Folders of runs: the oracle, the frozen model, others.", required=True)
-flags.DEFINE_integer("within", 50, "Steps after the jump from which on the gap should be closed.", lower_bound=0)
-flags.DEFINE_bool("markdown", False, "Print the table as Markdown.")
-flags.DEFINE_string("figure", None, "The picture to write: rewards and errors against steps, .png or .pdf.")
 HEADER = "run", "regret", "after jump", "closed", "back", "nll", "covered", "ms"
 WINDOW = 10  # steps
 
 
-def read(folder):
+def adaptation(*, runs: list[str], within: int = 50, markdown: bool = False,
+               figure: str | None = None) -> list[dict[str, str]]:
+    """Print the table of the runs and return its rows.
+
+    Args:
+        runs: Folders of runs: the oracle, the frozen model, others.
+        within: Steps after the jump from which on the gap should be closed.
+        markdown: Print the table as Markdown.
+        figure: The picture to write: rewards and errors against steps, .png or .pdf.
+    """
+    if len(runs) < 2:
+        raise UserError("--runs: name the oracle and the frozen model at least")
+    first, frozen, *_ = read = [read_run(folder, runs[0]) for folder in runs]
+    steps, jump = timeline(first, within)
+    rows = [cells(run, first, frozen, jump, within, int(steps[0])) for run in read]
+    print(f"{first.config['env']}, jump at step {jump}: IQM [95% CI] of {len(first.regret[0])} seeds\n")
+    print(table(rows, markdown))
+    if figure:
+        draw(figure, read, steps, jump)
+    return [dict(zip(HEADER, row, strict=True)) for row in rows]
+
+
+def read_run(folder, first):
     """Of a run: name, config, metrics {column: [T, S]}, regret [T, S] up to every row, ms."""
-    first, folder = pathlib.Path(FLAGS.runs[0]), pathlib.Path(folder)
+    first, folder = pathlib.Path(first), pathlib.Path(folder)
+    for path in (first, folder):
+        if not (path / "summary.json").exists():
+            raise UserError(f"no finished run in {path}: it has no summary.json")
     oracle, config, summary = (json.loads(path.read_text()) for path in (
         first / "config.json", folder / "config.json", folder / "summary.json"))
+    for settings in (oracle, config):
+        settings["env_kwargs"].pop("reveal", None)  # the oracle sees the truth, which is the same
     if differ := [name for name in ("env", "env_kwargs", "num_envs") if config[name] != oracle[name]]:
         raise UserError(f"{folder} and {first} differ in {differ[0]}: the same seed is another truth there")
     metrics = read_metrics(folder)
-    if missing := {"reward", "error", "nll", "covered"} - metrics.keys():
+    if missing := {"reward", "error", "nll", "covered", "train_episodes"} - metrics.keys():
         raise UserError(f'{folder} has no column "{min(missing)}": nothing of adaptation is logged there')
-    steps, total = np.diff(metrics["env_steps"], axis=0, prepend=0) / config["num_envs"], metrics["return"]
-    if not np.allclose((steps * metrics["reward"]).sum(0), total[-1], atol=1e-3 * np.abs(total).max()):
-        raise UserError(f"{folder} is more than one episode: its return is not the sum of its rewards")
+    if metrics["train_episodes"][:-1].any() or (metrics["train_episodes"][-1] > config["num_envs"]).any():
+        raise UserError(f"{folder} is more than one episode: the belief starts again within it")
     return types.SimpleNamespace(
         name=folder.name, config=config, metrics=metrics, regret=regret(folder, first),
         ms=1e3 * summary["train_seconds"] / (summary["env_steps"] * len(summary["seeds"])))
 
 
-def timeline(run):
+def timeline(run, within):
     """(steps [T], step of the jump), of rows that are where they are needed."""
     steps = run.metrics["env_steps"][:, 0] / run.config["num_envs"]
     jump, span = run.config["env_kwargs"].get("jump_step", 0), steps[0]
-    if not 0 < jump < steps[-1] - max(FLAGS.within, 2 * WINDOW - span):
+    if not 0 < jump < steps[-1] - max(within, 2 * WINDOW - span):
         raise UserError(f"{run.name} has {steps[-1]:g} steps and env_kwargs.jump_step = {jump}: too few after the jump")
-    if (np.diff(steps) != span).any() or np.any(np.array([WINDOW, jump, FLAGS.within]) % span):
+    if (np.diff(steps) != span).any() or np.any(np.array([WINDOW, jump, within]) % span):
         raise UserError(f"{run.name} has rows {span:g} steps apart: that must divide {WINDOW}, jump_step and --within")
     return steps, jump
 
@@ -85,8 +105,8 @@ def back(reward, best, span):
     return span * (rows + start) if start < len(mean) else np.inf
 
 
-def cells(run, first, frozen, jump, span):
-    at, late = jump // span - 1, (jump + FLAGS.within) // span - 1  # rows up to which regret does not count
+def cells(run, first, frozen, jump, within, span):
+    at, late = jump // span - 1, (jump + within) // span - 1  # rows up to which regret does not count
     total, after, *own = map(cell, (run.regret[-1], run.regret[-1] - run.regret[at],
                                     np.median(run.metrics["nll"], axis=0), run.metrics["covered"].mean(0)))
     steps = back(run.metrics["reward"][at + 1:], first.metrics["reward"][at + 1:], span)
@@ -95,15 +115,15 @@ def cells(run, first, frozen, jump, span):
             f"{steps:g}" if np.isfinite(steps) else "never", *own, f"{run.ms:.3g}")
 
 
-def table(rows):
-    if FLAGS.markdown:
+def table(rows, markdown):
+    if markdown:
         return "\n".join(f"| {' | '.join(row)} |" for row in [HEADER, ["---", *["--:"] * len(HEADER[1:])], *rows])
     widths = [max(map(len, column)) for column in zip(HEADER, *rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in [HEADER, *rows])
 
 
-def draw(runs, steps, jump):
-    with figure(FLAGS.figure, ncols=2, figsize=(8.4, 3.5), sharex=True) as (fig, (left, right)):
+def draw(path, runs, steps, jump):
+    with figure(path, ncols=2, figsize=(8.4, 3.5), sharex=True) as (fig, (left, right)):
         for ax, name, shown in ((left, "reward", runs), (right, "error", runs[1:])):
             for i, run in enumerate(shown, len(runs) - len(shown)):
                 values = run.metrics[name]
@@ -116,16 +136,5 @@ def draw(runs, steps, jump):
         fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
 
 
-def main(_):
-    if len(FLAGS.runs) < 2:
-        raise UserError("--runs: name the oracle and the frozen model at least")
-    first, frozen, *_ = runs = [read(folder) for folder in FLAGS.runs]
-    steps, jump = timeline(first)
-    print(f"{first.config['env']}, jump at step {jump}: IQM [95% CI] of {len(first.regret[0])} seeds\n")
-    print(table([cells(run, first, frozen, jump, int(steps[0])) for run in runs]))
-    if FLAGS.figure:
-        draw(runs, steps, jump)
-
-
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(adaptation)

@@ -1,11 +1,16 @@
-"""First stage of a learned model: whole episodes of a config's own method, or of a trained policy, into a data set.
+"""First stage of a learned model: whole episodes of a config's own method, or of a trained one, into a data set.
 
     python -m launchers.collect --config=configs/x.py --workdir=runs/x                     # runs/x/collect/data.npz
-    python -m launchers.collect --config=configs/x.py --workdir=runs/x --run=runs/ppo_x    # what that run's policy does
+    python -m launchers.collect --config=configs/x.py --workdir=runs/x --run=runs/ppo_x    # as that run's policy acts
 
-`config.collect` holds the number of `episodes`, and the keys that replace those of the config meanwhile. Each of the
-`num_envs` environments gives the same number of its first episodes (one more at most), however long they are: to take
-whichever end first would favour short ones. They lie one after another in `data.npz`, each in the order of time.
+`config.collect` holds the number of `episodes`, the standard deviation `action_noise` of what is added to every action
+(in half widths of the box, which then clips it), and keys that replace those of the config meanwhile. The method acts
+and, where it has `observe`, learns within an episode, as in an evaluation. Where the environment reveals its hidden
+truth, the data do not hold it.
+
+Each of the `num_envs` environments gives the same number of its first episodes (one more at most), however long they
+are: the episodes that end first would be the short ones. They lie one after another in `data.npz`, each in the order of
+time. Step t uses the key fold_in(fold_in(key(seed), 1), t).
 """
 import json
 import resource
@@ -17,130 +22,179 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from absl import flags
-from ml_collections import config_flags
 
-from core import checkpoint, minari
+from core import checkpoint
+from core import minari as minari_datasets
 from core.dataset import Dataset, last_steps
-from core.envs import make_env
-from core.envs.batch import where
+from core.envs import Box, Transition, ended, hidden, restart
 from core.errors import UserError
-from core.evaluation import ended
 from core.logging import provenance, write
 from launchers import cli
-from launchers.runs import figure, load, start_carry
-
-FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", None, "A file of configs/ with a section `collect`.")
-flags.DEFINE_string("workdir", None, "Folder of all three stages; by default runs/ and the name of the config.")
-flags.DEFINE_string("run", None, "Collect with the policy of this run's first seed.")
-flags.DEFINE_integer("seed", 0, "Fixes the episodes.")
-flags.DEFINE_bool("resume", False, "Go on from the newest checkpoint.")
-flags.DEFINE_string("minari", None, "Write a Minari dataset of this name, too.")
-flags.DEFINE_float("save_every", 5.0, "Seconds between checkpoints, at least.")
-flags.DEFINE_bool("smoke", False, "Two episodes.")
+from launchers.runs import figure, load
 
 
-class Collection(NamedTuple):
-    """Everything needed to go on."""
+def collect(config, *, workdir: str | None = None, run: str | None = None, seed: int = 0, resume: bool = False,
+            minari: str | None = None, save_every: float = 5.0, smoke: bool = False) -> dict[str, Any]:
+    """Write a data set of whole episodes and return what summary.json holds.
 
-    source: Any  # who acts, and in what environment
-    t: jax.Array  # steps so far
-    count: jax.Array  # (E,) episodes ended so far
-    record: dict  # (T, E, ...), rows from t on are empty
+    Args:
+        workdir: Folder of all three stages; by default runs/ and the name of the config.
+        run: Collect with the method and the first seed of this run.
+        seed: Fixes the episodes.
+        resume: Go on from the newest checkpoint.
+        minari: Write a Minari dataset of this name, too.
+        save_every: Seconds between checkpoints, at least.
+        smoke: Two episodes.
+    """
+    cli.compilation_cache()
+    folder = cli.stage_folder(config, workdir, "collect")
+    config, episodes, noise = settings(config, smoke)
+    if minari:
+        minari_datasets.require_free(minari)
+    if (folder / "summary.json").exists():
+        raise UserError(f"{folder} holds a finished collection: choose another workdir")
+    env, began = cli.train_env(config), time.perf_counter()
+    quota = np.array([len(part) for part in np.array_split(np.arange(episodes), env.num_envs)])
+    actor = trained_actor(run, config, env) if run else untrained_actor(config, env, seed)
+    program, state = compile_programs(*actor, env, quota, noise, seed)
+    compile_seconds, seconds = time.perf_counter() - began, 0.0
+
+    stored = cli.config_dict(config) | dict(seed=seed, episodes=episodes, action_noise=noise, run=run)
+    cli.open_folder(folder, stored, resume)
+    checkpoints = None if getattr(env, "on_host", False) else folder / "checkpoints"  # no simulator fits into one
+    if resume and checkpoints and checkpoint.steps(checkpoints):
+        state, meta = checkpoint.restore_newest(checkpoints, state)
+        seconds = meta["seconds"]
+    if not resume:
+        write(folder / "provenance.json", json.dumps(provenance(dict(seed=seed, run=run, minari=minari)), indent=1))
+        write(folder / "config.json", json.dumps(stored, indent=1))
+    state, seconds = fill(program, state, quota, checkpoints, seconds, save_every)
+
+    data = whole_episodes(jax.tree.map(np.asarray, state.record), quota)
+    returns = returns_of(data)
+    if not np.isfinite(returns).all():
+        raise UserError(f"the return of episode {np.argmin(np.isfinite(returns))} is not finite: nothing is stored")
+    Dataset.create(data).save(folder / "data.npz")
+    if minari:
+        minari_datasets.write(minari, data, env.action_space)
+    draw(folder / "data.png", data, returns, f"{config.env}: {episodes} episodes")
+    mean, half = returns.mean(), 1.96 * returns.std() / episodes**0.5
+    summary = dict(
+        algorithm=config.algorithm, env=config.env, run=run, seed=seed, episodes=episodes,
+        transitions=len(data["reward"]), returns=dict(mean=float(mean), ci95=[float(mean - half), float(mean + half)]),
+        compile_seconds=compile_seconds, seconds=seconds, env_steps_per_second=int(state.t) * env.num_envs / seconds,
+        peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, device=jax.devices()[0].device_kind)
+    write(folder / "summary.json", json.dumps(summary, indent=1))  # last: it says that all is there
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    print(f"{episodes} episodes, {len(data['reward']):,} transitions, return {mean:.4g} ± {half:.2g}, "
+          f"{seconds:.1f} s, compiled {compile_seconds:.1f} s: {folder / 'data.npz'}")
+    return summary
 
 
-def collecting(config):
-    """The config of this stage: the keys of its section `collect` in the place of its own."""
-    config = ml_collections.ConfigDict(config.to_dict())
+def settings(config, smoke):
+    """(the config with the keys of its section `collect` in the place of its own, episodes, action_noise)."""
     section = cli.section(config, "collect").to_dict()
-    episodes = 2 if FLAGS.smoke else section.pop("episodes")
-    for name, value in (dict(num_steps=1) | section).items():
+    episodes, noise = section.pop("episodes"), section.pop("action_noise", 0.0)
+    config = ml_collections.ConfigDict(config.to_dict())
+    for name, value in section.items():
         if name not in config:
             raise UserError(f'config.collect has "{name}", which the config has not; {cli.suggest(name, list(config))}')
         try:
             config[name] = value
         except TypeError as error:
             raise UserError(f"config.collect.{name}: {error}") from error
+    episodes = 2 if smoke else episodes
     config.num_envs = min(config.num_envs, episodes)
-    return ml_collections.FrozenConfigDict(config), episodes
+    return ml_collections.FrozenConfigDict(config), episodes, noise
 
 
-def method(config, env):
-    """(init, step) of the config's algorithm, which leaves its newest transitions in `last`."""
+def untrained_actor(config, env, seed):
+    """(algorithm, run) of a config, as it starts."""
     algorithm = cli.algorithm_of(config)
-
-    def step(run, key):
-        run, _ = algorithm.train_step(run, key, env, config)
-        return run, run.last
-
-    if not hasattr(jax.eval_shape(lambda key: algorithm.init(key, env, config), jax.random.key(0)), "last"):
-        raise UserError(f'"{config.algorithm}" does not say what it saw last: train it, and collect with --run')
-    return lambda key: algorithm.init(key, env, config), step
+    if not hasattr(algorithm, "act"):
+        raise UserError(f'"{config.algorithm}" does not act: collect with another run by --run')
+    key = jax.random.fold_in(jax.random.key(seed), 0)
+    return algorithm, jax.jit(lambda key: algorithm.init(key, env, config))(key)
 
 
-def policy(path, config, env):
-    """(init, step) of a run's policy."""
+def trained_actor(path, config, env):
+    """(algorithm, run) of the first seed of a run, as if it had been started in `env`."""
     algorithm, its, run, _ = load(path)
     if its.env != config.env:
         raise UserError(f'{path} is a run in "{its.env}", the config is about "{config.env}"')
-    if not hasattr(algorithm, "act"):
-        raise UserError(f'{path}: "{its.algorithm}" learns while it acts, it has no policy to collect with')
-    run = jax.tree.map(lambda x: x[0], run)
-    fresh = start_carry(algorithm, run, env.num_envs)
+    return algorithm, cli.rebind(algorithm, jax.tree.map(lambda x: x[0], run), env, its)
+
+
+class Collection(NamedTuple):
+    """Everything needed to go on, besides the run that acts."""
+
+    env_state: Any
+    obs: jax.Array
+    carry: Any
+    t: jax.Array  # steps so far
+    count: jax.Array  # (E,) episodes ended so far
+    record: dict  # (T, E, ...), rows from t on are empty
+
+
+def compile_programs(algorithm, run, env, quota, noise, seed):
+    """`program(state, stop)`, compiled, and the state that it starts from."""
+    act, observe = cli.policy(algorithm, run)
+    fresh, key = cli.start_carry(algorithm, run, env.num_envs), jax.random.key(seed)
+    if noise and not isinstance(env.action_space, Box):
+        raise UserError(f"config.collect.action_noise = {noise}, but the actions are discrete")
+
+    def explore(key, action):
+        """The action (E, ...) that is taken, and stored."""
+        if not noise:
+            return action
+        half = jnp.broadcast_to(env.action_space.scale[1], action.shape)
+        return env.action_space.clip(action + noise * half * jax.random.normal(key, action.shape))
 
     def step(state, key):
-        (env_state, obs, carry), (act_key, env_key) = state, jax.random.split(key)
-        carry, action = algorithm.act(run, carry, obs, act_key)
-        env_state, ts = env.step(env_key, env_state, action)
-        carry = jax.tree.map(lambda new, old: where(ended(ts), new, old), fresh, carry)
-        last = dict(obs=obs, action=action, next_obs=ts.next_obs, reward=ts.reward, terminated=ts.terminated,
-                    truncated=ts.truncated)
-        return (env_state, ts.obs, carry), last
-
-    return lambda key: (*env.reset(key), fresh), step
-
-
-def compile_programs(source, quota, env):
-    """`collect(state, stop)`, compiled, and the state that it starts from."""
-    init, step = source
-    key = jax.random.key(FLAGS.seed)
+        act_key, noise_key, env_key = jax.random.split(key, 3)
+        carry, action = act(state.carry, state.obs, act_key)
+        action = explore(noise_key, action)
+        env_state, ts = env.step(env_key, state.env_state, action)
+        transition = Transition.of(state.obs, action, ts)
+        carry = carry if observe is None else observe(carry, transition)
+        carry = restart(ended(ts), fresh, carry)
+        shown = dict(obs=hidden.split(env.env, transition.obs)[0], next_obs=hidden.split(env.env, ts.next_obs)[0])
+        return state._replace(env_state=env_state, obs=ts.obs, carry=carry), transition._asdict() | shown
 
     def start():
-        run = init(jax.random.fold_in(key, 0))
-        _, last = jax.eval_shape(step, run, jax.random.key(0))
-        record = jax.tree.map(lambda x: jnp.zeros((int(quota[0]) * env.max_steps, *x.shape), x.dtype), last)
-        return Collection(run, jnp.int32(0), jnp.zeros(env.num_envs, jnp.int32), record)
-
-    def unfinished(state, stop):
-        return (state.count < quota).any() & (state.t < stop)
+        env_state, obs = env.reset(jax.random.fold_in(key, 2))
+        state = Collection(env_state, obs, fresh, jnp.int32(0), jnp.zeros(env.num_envs, jnp.int32), {})
+        _, row = jax.eval_shape(step, state, jax.random.key(0))
+        length = int(quota[0]) * env.max_steps
+        return state._replace(record=jax.tree.map(lambda x: jnp.zeros((length, *x.shape), x.dtype), row))
 
     def advance(state):
-        run, last = step(state.source, jax.random.fold_in(jax.random.fold_in(key, 1), state.t))
-        record = jax.tree.map(lambda old, new: old.at[state.t].set(new), state.record, last)
-        return Collection(run, state.t + 1, state.count + (last["terminated"] | last["truncated"]), record)
+        after, row = step(state, jax.random.fold_in(jax.random.fold_in(key, 1), state.t))
+        record = jax.tree.map(lambda old, new: old.at[state.t].set(new), state.record, row)
+        return after._replace(t=state.t + 1, record=record, count=state.count + (row["terminated"] | row["truncated"]))
 
-    def collect(state, stop):
-        return jax.lax.while_loop(lambda state: unfinished(state, stop), advance, state)
+    def program(state, stop):
+        return jax.lax.while_loop(
+            lambda state: (state.count < quota).any() & (state.t < stop), advance, state)
 
-    state = jax.jit(start)()
-    return jax.jit(collect, donate_argnums=0).lower(state, 0).compile(), state
+    state = jax.tree.map(jnp.copy, jax.jit(start)())  # its parts are donated, so no two may be one array
+    return jax.jit(program, donate_argnums=0).lower(state, 0).compile(), state
 
 
-def fill(collect, state, quota, folder, seconds):
+def fill(program, state, quota, folder, seconds, save_every):
     """The state when every environment has given its episodes, and the seconds that took. Checkpoints between."""
     total = len(state.record["truncated"])
     bar = cli.progress_bar(" episodes", int(quota.sum()), int(np.minimum(state.count, quota).sum()))
     size, saved = 1, time.perf_counter()
     while (done := np.minimum(state.count, quota).sum()) < quota.sum() and state.t < total:
         began = time.perf_counter()
-        state = jax.block_until_ready(collect(state, min(int(state.t) + size, total)))
+        state = jax.block_until_ready(program(state, min(int(state.t) + size, total)))
         took = time.perf_counter() - began
         seconds += took
         bar.update(int(np.minimum(state.count, quota).sum() - done))
         size = size if took > 0.25 else 2 * size
-        if folder and time.perf_counter() - saved > FLAGS.save_every:
-            checkpoint.save(folder, int(state.t), state, dict(seconds=seconds, score=float(state.t)))
+        if folder and time.perf_counter() - saved > save_every:
+            checkpoint.save(folder, int(state.t), state, dict(seconds=seconds, score=None))
             saved = time.perf_counter()
     bar.close()
     if (state.count < quota).any():
@@ -171,50 +225,5 @@ def draw(path, data, returns, title):
         fig.suptitle(title)
 
 
-def main(_):
-    cli.compilation_cache()
-    folder = cli.stage_folder("collect")
-    config, episodes = collecting(FLAGS.config)
-    if FLAGS.minari:
-        minari.require_free(FLAGS.minari)
-    stored = cli.config_dict(config) | dict(seed=FLAGS.seed, episodes=episodes, run=FLAGS.run)
-    if (folder / "summary.json").exists():
-        raise UserError(f"{folder} holds a finished collection: choose another workdir")
-    env, began = make_env(config.env, config.num_envs, **config.get("env_kwargs", {})), time.perf_counter()
-    quota = np.array([len(part) for part in np.array_split(np.arange(episodes), env.num_envs)])
-    source = policy(FLAGS.run, config, env) if FLAGS.run else method(config, env)
-    collect, state = compile_programs(source, quota, env)
-    compile_seconds, seconds = time.perf_counter() - began, 0.0
-
-    cli.open_folder(folder, stored, FLAGS.resume)
-    checkpoints = None if getattr(env, "on_host", False) else folder / "checkpoints"  # no simulator fits into one
-    if FLAGS.resume and checkpoints and checkpoint.steps(checkpoints):
-        state, meta = checkpoint.restore_newest(checkpoints, state)
-        seconds = meta["seconds"]
-    if not FLAGS.resume:
-        write(folder / "provenance.json", json.dumps(provenance(cli.own_flags()), indent=1))
-        write(folder / "config.json", json.dumps(stored, indent=1))
-    state, seconds = fill(collect, state, quota, checkpoints, seconds)
-
-    data = whole_episodes(jax.tree.map(np.asarray, state.record), quota)
-    returns = returns_of(data)
-    if not np.isfinite(returns).all():
-        raise UserError(f"the return of episode {np.argmin(np.isfinite(returns))} is not finite: nothing is stored")
-    Dataset.create(data).save(folder / "data.npz")
-    if FLAGS.minari:
-        minari.write(FLAGS.minari, data, env.action_space)
-    draw(folder / "data.png", data, returns, f"{config.env}: {episodes} episodes")
-    mean, half = returns.mean(), 1.96 * returns.std() / episodes**0.5
-    summary = dict(
-        algorithm=config.algorithm, env=config.env, run=FLAGS.run, seed=FLAGS.seed, episodes=episodes,
-        transitions=len(data["reward"]), returns=dict(mean=float(mean), ci95=[float(mean - half), float(mean + half)]),
-        compile_seconds=compile_seconds, seconds=seconds, env_steps_per_second=int(state.t) * env.num_envs / seconds,
-        peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, device=jax.devices()[0].device_kind)
-    write(folder / "summary.json", json.dumps(summary, indent=1))  # last: it says that all is there
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    print(f"{episodes} episodes, {len(data['reward']):,} transitions, return {mean:.4g} ± {half:.2g}, "
-          f"{seconds:.1f} s, compiled {compile_seconds:.1f} s: {folder / 'data.npz'}")
-
-
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(collect)
