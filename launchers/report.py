@@ -65,7 +65,8 @@ def adopt(folder: pathlib.Path, name: str | None) -> tuple[str, dict]:
     if summary.get("smoke"):
         raise UserError(f"{folder} is a smoke run: its numbers mean nothing")
     launcher, args, config = command_of(provenance, folder / "provenance.json")
-    name = name or re.sub(r"\W", "_", config.rpartition("/")[2].replace(".py", "", 1))
+    stage = "" if launcher in ("train", "finetune") else f"_{launcher}"  # of one config, so its rows need two names
+    name = name or re.sub(r"\W", "_", config.rpartition("/")[2].replace(".py", "", 1)) + stage
     if not re.fullmatch(r"\w+", name):
         raise UserError(f'"{name}" cannot be the name of a row: use letters, digits and _')
     row = summary | {k: provenance.get(k) for k in ("commit", "python", "cpus", "versions")}

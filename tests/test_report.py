@@ -20,6 +20,7 @@ PLANTED_ERRORS = {
     "other folders in the command": (FILE, "workdir=.*|", ""),
     "resume in the command": (FILE, "|resume|noresume", ""),
     "name without the argument": (FILE, '.replace(".py", "", 1)', '.split(".py")[0]'),
+    "stages share a row": (FILE, 'else f"_{launcher}"', 'else ""'),
     "any name is an algorithm": (FILE, '    if not name.isidentifier() or name == "__init__"',
                                  '    if name == "x" and name == "__init__"'),
     "paths are names of algorithms": (FILE, 'if not name.isidentifier() or name == "__init__" or not', "if not"),
@@ -57,6 +58,7 @@ def root(tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "ROOT", tmp_path)
     for name, text in {
         "algorithms/ppo.py": PPO, "algorithms/twist.py": CHILD, "launchers/train.py": "",
+        "launchers/pretrain.py": "",
         "README.md": f"a\n{BEGIN}{END}b\n",
         "docs/ppo.md": f"# PPO\n{BEGIN}old\n{END}more\n", "configs/results/ppo_x.json": json.dumps(ROW),
         "docs/published.json": json.dumps({"ppo": {"row": "ppo_x", "published": "490 ± 6, CleanRL"}})}.items():
@@ -121,6 +123,14 @@ def test_a_run_becomes_a_row(root):
     assert f"`{row['command']}`" in page(root)
     report.report(run=str(root / "runs" / "x"), name="slow")
     assert (root / "configs" / "results" / "slow.json").exists()
+
+
+def test_a_stage_before_training_has_a_row_of_its_own(root):
+    path = finished_run(root, score=["nll"], env_steps=0) / "provenance.json"
+    path.write_text(path.read_text().replace("train.py", "pretrain.py"))
+    report.report(run=str(path.parent))
+    assert (root / "configs" / "results" / "ppo_y_10_pretrain.json").exists()
+    assert "| nll **12.35** [11, 13.5] | 2 | – | 15,616 | 28 s | `python -m launchers.pretrain --config" in page(root)
 
 
 def test_pages(root):
