@@ -38,7 +38,7 @@ PLANTED_ERRORS = {
                                                 ".reshape(obs.shape[1], obs.shape[0], -1).swapaxes(0, 1)", BATCH),
     "mask dropped": (IPPO, "logits=jnp.where(available, out, -1e9)", "logits=out", MASK),
     "mask of the wrong end": (IPPO, "obs[..., -out.shape[-1]:] > 0", "obs[..., :out.shape[-1]] > 0", MASK),
-    "mask normalised": (IPPO, "RunningMeanStd.create(obs[0, ..., :obs.shape[-1] - mask])",
+    "mask normalised": (IPPO, "RunningMeanStd.create(obs[0, ..., :obs.shape[-1] - mask_size])",
                         "RunningMeanStd.create(obs[0])", MASK),
     "padded components learn": (IPPO, "mean, std = jnp.where(available, mean, 0.0), jnp.where(available, std, 1.0)",
                                 "mean, std = mean, std", PAD),
@@ -67,8 +67,16 @@ PLANTED_ERRORS = {
     "log-probability of the wrong action": (IPPO, "dist.log_prob(action), step)", "dist.log_prob(dist.mode()), step)",
                                             BATCH),
     "observation after the step": (IPPO, "(run.obs, action, dist", "(step.obs, action, dist", BATCH),
-    "evaluation sees raw observations": (IPPO, "return (), run.agent.actor_critic(see(run, obs), ",
+    "evaluation sees raw observations": (IPPO, "return (), run.agent.actor_critic(normalize(run, obs), ",
                                          "return (), run.agent.actor_critic(obs, ", STATISTICS),
+    "initial deviation for its logarithm": (IPPO, "constant(jnp.log(self.init_std))", "constant(self.init_std)",
+                                            "test_a_continuous_policy_is_in_units_of_its_box"),
+    "standard deviation not in units of the box": (IPPO, "std = half * jnp.broadcast_to", "std = jnp.broadcast_to",
+                                                   "test_a_continuous_policy_is_in_units_of_its_box"),
+    "another discount for the scale of rewards": (IPPO, "scale.update(reward, done, config.discount)",
+                                                  "scale.update(reward, done, config.gae_lambda)", STATISTICS),
+    "episodes of all agents added": (IPPO, "lambda x: x.sum((0, 1)), step.info", "lambda x: x.sum(), step.info",
+                                     "test_training_returns_are_of_each_agent"),
     "statistics never updated": (IPPO, "run = run._replace(obs_stats=run.obs_stats.update(features(run, obs)))",
                                  "run = run", STATISTICS),
 }
@@ -183,7 +191,7 @@ def train(env, config, iterations=None, seed=0):
     env = probes.batch(env, config.num_envs)
     init_key, key = jax.random.split(jax.random.key(seed))
     iterations = config.env_steps // (config.num_envs * config.num_steps) if iterations is None else iterations
-    step = functools.partial(ippo.train_step, env=env, config=config)
+    step = functools.partial(ippo.train_step, source=env, config=config)
     run = start(init_key, env, config)
     return jax.jit(lambda run, keys: jax.lax.scan(step, run, keys))(run, jax.random.split(key, iterations))
 
@@ -270,9 +278,9 @@ def test_a_forbidden_action_is_never_taken(share):
     key = jax.random.key(3)
     with jax.debug_key_reuse(False):
         obs = jax.vmap(Masked().reset)(jax.random.split(key, 32))[1]
-    probs = run.agent.actor_critic(ippo.see(run, obs), method="actor").probs
+    probs = run.agent.actor_critic(ippo.normalize(run, obs), method="actor").probs
     np.testing.assert_array_equal(np.asarray(probs)[np.asarray(obs[..., 2:]) == 0], 0.0)
-    np.testing.assert_array_equal(ippo.see(run, obs)[..., 2:], obs[..., 2:])
+    np.testing.assert_array_equal(ippo.normalize(run, obs)[..., 2:], obs[..., 2:])
     best = jnp.stack([jnp.argmax(obs[:, 0, 2:], -1), jnp.full(32, 2)], axis=1)
     np.testing.assert_array_equal(ippo.act(run, (), obs, None)[1], best)
 
@@ -375,18 +383,19 @@ def test_rewards_and_observations_have_their_own_statistics():
     run, info = train(Clocks(), config, iterations=30)
     std = np.sqrt(run.reward_scale.stats.var)
     assert run.reward_scale.stats.var.shape == (2,) and std[1] == pytest.approx(2 * std[0], rel=0.02)
+    assert std[0] == pytest.approx(np.std([1, 1.5, 1.75]), abs=0.04)  # of discounted sums after one, two, three steps
     assert run.obs_stats.count > 29 * 128 and run.obs_stats.mean.shape == (2, 1)
     np.testing.assert_array_equal(info["clipped"], 0.0)  # of the first epoch: the policy saw what the loss sees
     obs = jnp.full((1, 2, 1), 5.0)
     stats = run.obs_stats.replace(mean=jnp.array([[3.0], [-3.0]]))
     greedy = run.agent.actor_critic(stats(obs), method="actor").logits
     moved = run._replace(obs_stats=stats)
-    np.testing.assert_allclose(run.agent.actor_critic(ippo.see(moved, obs), method="actor").logits, greedy)
-    seen = []
+    np.testing.assert_allclose(run.agent.actor_critic(ippo.normalize(moved, obs), method="actor").logits, greedy)
+    inputs, apply = [], run.agent.actor_critic.apply_fn
     agent = run.agent.replace(actor_critic=run.agent.actor_critic.replace(
-        apply_fn=lambda params, x, method: seen.append(x) or run.agent.actor_critic.apply_fn(params, x, method=method)))
+        apply_fn=lambda params, x, method: inputs.append(x) or apply(params, x, method=method)))
     ippo.act(moved._replace(agent=agent), (), obs, None)
-    np.testing.assert_array_equal(seen[0], stats(obs))
+    np.testing.assert_array_equal(inputs[0], stats(obs))
 
 
 @BOTH
@@ -395,7 +404,7 @@ def test_seeds_under_vmap_match_seeds_alone(share):
 
     def params(key):
         init_key, key = jax.random.split(key)
-        step = functools.partial(ippo.train_step, env=env, config=config)
+        step = functools.partial(ippo.train_step, source=env, config=config)
         run = jax.lax.scan(step, ippo.init(init_key, env, config), jax.random.split(key, 3))[0]
         return run.agent.actor_critic.params
 
@@ -403,6 +412,34 @@ def test_seeds_under_vmap_match_seeds_alone(share):
         keys = jax.random.split(jax.random.key(0), 3)
         together, alone = jax.jit(jax.vmap(params))(keys), jax.jit(params)(keys[1])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-3, atol=1e-5), together, alone)
+
+
+def test_a_continuous_policy_is_in_units_of_its_box():
+    """Each agent of its own box, where they differ."""
+    env = Targets(action_space=Box(((-1.0,), (2.0,)), ((1.0,), (8.0,))))
+    run = start(jax.random.key(0), probes.batch(env), make_config(init_std=0.4))
+    dist = run.agent.actor_critic(run.obs, method="actor").distribution
+    np.testing.assert_allclose(dist.scale[:, :, 0], [[0.4, 3 * 0.4]] * 8, rtol=1e-5)
+    params = dict(run.agent.actor_critic.params)
+    last, layer = max(params["policy"].items())
+    half = dict(kernel=0 * layer["kernel"], bias=jnp.full_like(layer["bias"], 0.5))
+    params["policy"] = params["policy"] | {last: half}
+    mean = run.agent.actor_critic(run.obs, params=params, method="actor").distribution.loc
+    np.testing.assert_allclose(mean[:, :, 0], [[0.5, 5 + 1.5]] * 8, rtol=1e-5)
+    with jax.debug_key_reuse(False):
+        action = env.action_space.sample(jax.random.key(1), (500, 2))
+    assert action.shape == (500, 2, 1) and (np.abs(action[:, 0]) <= 1).all()
+    assert action[:, 1].min() == pytest.approx(2, abs=0.1) and action[:, 1].max() == pytest.approx(8, abs=0.1)
+
+
+def test_training_returns_are_of_each_agent():
+    env, config = probes.batch(Game()), make_config()
+    run = start(jax.random.key(0), env, config)
+    after, info = ippo.train_step(run, jax.random.key(1), env, config)
+    assert info["episode"]["return"].shape == (2,) and info["episode"]["count"] == 8 * 16
+    assert len(set(np.asarray(info["episode"]["return"]))) == 2
+    assert run.clock.env_steps == 0 and after.clock.env_steps == 8 * 16
+    assert after.clock.updates == config.num_epochs * config.num_minibatches
 
 
 def test_every_epoch_sees_every_moment_once():

@@ -1,6 +1,5 @@
 import functools
 
-import distrax
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -9,6 +8,7 @@ import optax
 import pytest
 
 from algorithms import ppo
+from core.envs import Box
 from core.evaluation import evaluate
 from tests import probes
 
@@ -26,6 +26,24 @@ PLANTED_ERRORS = {  # and the test that has to notice
     "policy gradient reversed": (PPO, "actor_loss = -jnp.minimum", "actor_loss = jnp.minimum", LOSS),
     "ratio upside down": (PPO, 'dist.log_prob(batch["action"]) - batch["log_prob"]',
                           'batch["log_prob"] - dist.log_prob(batch["action"])', LOSS),
+    "a schedule too short": (PPO, "// batch * config.num_epochs * config.num_minibatches",
+                             "// batch * config.num_epochs", UPDATE),
+    "no gradient through the entropy": (PPO, "entropy = dist.entropy().mean()",
+                                        "entropy = self.actor_critic(batch['obs'], method='actor').entropy().mean()",
+                                        LOSS),
+    "the critic sees raw observations": (PPO, "flat = normalize(run, obs).reshape(", "flat = obs.reshape(",
+                                         "test_the_critic_sees_normalised_observations"),
+    "standard deviation not in units of the box": (PPO, "half * jnp.exp(self.log_std)[None])",
+                                                   "jnp.exp(self.log_std)[None] + 0 * half)", LOSS),
+    "mean not in units of the box": (PPO, "centre + half * out, half", "out, half", LOSS),
+    "initial deviation for its logarithm": (PPO, "constant(jnp.log(self.init_std))", "constant(self.init_std)", LOSS),
+    "updates of one epoch counted": (PPO, "config.num_envs * config.num_steps, config.num_epochs * config.num_minib",
+                                     "config.num_envs * config.num_steps, config.num_minib",
+                                     "test_the_clock_counts_what_was_taken"),
+    "a first-order approximation of KL": (PPO, "(ratio - 1 - log_ratio).mean()", "(-log_ratio).mean()", LOSS),
+    "another discount for the scale of rewards": (
+        PPO, "update(reward, ended(step), config.discount))", "update(reward, ended(step), config.gae_lambda))",
+        SCALED),
     "max for min": (PPO, "-jnp.minimum(ratio", "-jnp.maximum(ratio", LOSS),
     "ratio not clipped": (PPO, "jnp.clip(ratio, 1 - self.config.clip, 1 + self.config.clip)", "ratio", LOSS),
     "value not clipped": (PPO, 'jnp.clip(value - batch["value"], -self.config.clip, self.config.clip)',
@@ -50,9 +68,9 @@ PLANTED_ERRORS = {  # and the test that has to notice
                             "optax.clip(config.max_grad_norm)", UPDATE),
     "one epoch only": (PPO, "jax.random.split(key, self.config.num_epochs)", "jax.random.split(key, 1)", UPDATE),
     "same minibatch every time": (PPO, "lambda x: x[index], batch", "lambda x: x[: index.shape[0]], batch", EPOCH),
-    "statistics move during the rollout": (PPO, "seen, value, next_value = see(run, obs)",
-                                           "seen, value, next_value = run.obs_stats.update(obs)(obs)", FROZEN),
-    "evaluation sees raw observations": (PPO, "return (), run.agent.actor_critic(see(run, obs), ",
+    "statistics move during the rollout": (PPO, "batch = dict(obs=normalize(run, obs)",
+                                           "batch = dict(obs=run.obs_stats.update(obs)(obs)", FROZEN),
+    "evaluation sees raw observations": (PPO, "return (), run.agent.actor_critic(normalize(run, obs), ",
                                          "return (), run.agent.actor_critic(obs, ", GREEDY),
     "raw rewards learnt from": (PPO, "reward = run.reward_scale(reward)", "reward = reward", SCALED),
     "statistics never updated": (PPO, "run = run._replace(obs_stats=run.obs_stats.update(obs))", "run = run", FROZEN),
@@ -74,7 +92,7 @@ def train(env, config, iterations=None, seed=0):
     init_key, key = jax.random.split(jax.random.key(seed))
     run = ppo.init(init_key, env, config)
     iterations = config.env_steps // (config.num_envs * config.num_steps) if iterations is None else iterations
-    step = functools.partial(ppo.train_step, env=env, config=config)
+    step = functools.partial(ppo.train_step, source=env, config=config)
     return jax.jit(lambda run, keys: jax.lax.scan(step, run, keys))(run, jax.random.split(key, iterations))
 
 
@@ -135,34 +153,101 @@ def a_batch(agent, space):
     return dict(obs=obs, action=action, log_prob=log_prob, value=value, advantage=advantage)
 
 
-@pytest.mark.parametrize("env", [probes.Match(), probes.Target()], ids=["discrete", "continuous"])
+def mlp(params, x):
+    """The network by hand, in float64."""
+    layers = [params[f"Dense_{i}"] for i in range(len(params))]
+    for i, layer in enumerate(layers):
+        x = x @ np.asarray(layer["kernel"], np.float64) + np.asarray(layer["bias"], np.float64)
+        x = np.tanh(x) if i + 1 < len(layers) else x
+    return x
+
+
+WIDE = probes.Target(action_space=Box((-1.0,), (5.0,)))  # of centre 2 and half width 3
+
+
+@pytest.mark.parametrize("env", [probes.Match(), WIDE], ids=["discrete", "continuous"])
 def test_loss_is_the_equation(env):
-    config = make_config(value_coef=0.7, entropy_coef=0.03, clip=0.15)
+    """And its gradient, by finite differences of the equation, in the direction of every parameter at once."""
+    config = make_config(value_coef=0.7, entropy_coef=0.03, clip=0.15, init_std=0.4)
     agent = ppo.init(jax.random.key(0), probes.batch(env), config).agent
     raw = a_batch(agent, env.action_space)
+    params, direction = agent.actor_critic.params, jax.tree.map(jnp.ones_like, agent.actor_critic.params)
+    loss, info = agent.loss(params, raw)
+    expected, ratio = by_hand(params, raw)
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    np.testing.assert_allclose(info["clipped"], np.mean(np.abs(ratio - 1) > 0.15), rtol=1e-5)
+    np.testing.assert_allclose(info["approx_kl"], np.mean(ratio - 1 - np.log(ratio)), rtol=1e-3)
+    slope = jax.jvp(lambda params: agent.loss(params, raw)[0], (params,), (direction,))[1]
+    ends = [by_hand(jax.tree.map(lambda x, h=h: np.asarray(x, np.float64) + h, params), raw)[0] for h in (-1e-6, 1e-6)]
+    np.testing.assert_allclose(slope, (ends[1] - ends[0]) / 2e-6, rtol=1e-3, atol=1e-5)
+
+
+def by_hand(params, raw):
+    """(loss, ratio) of the docstring's equations."""
     batch = {k: np.asarray(v, np.float64) for k, v in raw.items()}
-    dist, v = agent.actor_critic(raw["obs"])
-    if isinstance(dist, distrax.Categorical):
-        p = np.asarray(dist.probs, np.float64)
+    out, v = mlp(params["policy"], batch["obs"]), mlp(params["value"], batch["obs"])[:, 0]
+    if "log_std" not in params:
+        p = np.exp(out) / np.exp(out).sum(-1, keepdims=True)
         log_prob = np.log(p[np.arange(32), raw["action"]])
         entropy = -(p * np.log(p)).sum(-1).mean()
     else:
-        mean, std = np.asarray(dist.loc, np.float64)[:, 0], np.asarray(dist.scale_diag, np.float64)[:, 0]
+        assert np.allclose(params["log_std"], np.log(0.4), atol=1e-4)
+        mean, std = 2 + 3 * out[:, 0], 3 * np.exp(np.asarray(params["log_std"], np.float64))[0]
         log_prob = -0.5 * ((batch["action"][:, 0] - mean) / std) ** 2 - np.log(std) - 0.5 * np.log(2 * np.pi)
-        entropy = (0.5 * np.log(2 * np.pi * np.e) + np.log(std)).mean()
+        entropy = 0.5 * np.log(2 * np.pi * np.e) + np.log(std)
     ratio = np.exp(log_prob - batch["log_prob"])
     a = (batch["advantage"] - batch["advantage"].mean()) / batch["advantage"].std()
     actor = -np.mean([min(r * x, np.clip(r, 0.85, 1.15) * x) for r, x in zip(ratio, a, strict=True)])
-    g, old, v = batch["advantage"] + batch["value"], batch["value"], np.asarray(v, np.float64)
+    g, old = batch["advantage"] + batch["value"], batch["value"]
     value = 0.5 * np.mean(np.maximum((v - g) ** 2, (old + np.clip(v - old, -0.15, 0.15) - g) ** 2))
-    loss, info = agent.loss(agent.actor_critic.params, raw)
-    np.testing.assert_allclose(loss, actor + 0.7 * value - 0.03 * entropy, rtol=1e-4)
-    np.testing.assert_allclose(info["clipped"], np.mean(np.abs(ratio - 1) > 0.15), rtol=1e-5)
+    return actor + 0.7 * value - 0.03 * entropy, ratio
+
+
+def test_the_critic_sees_normalised_observations():
+    config = make_config(normalize_obs=True)
+    run = ppo.init(jax.random.key(0), probes.batch(probes.Match()), config)
+    run = run._replace(obs_stats=run.obs_stats.replace(mean=jnp.full(1, 3.0), var=jnp.full(1, 4.0)))
+    obs = jnp.linspace(-1, 1, 6).reshape(2, 3, 1)
+    value = mlp(run.agent.actor_critic.params["value"], (np.asarray(obs, np.float64) - 3) / 2)[..., 0]
+    np.testing.assert_allclose(ppo.critic(run, obs), value, rtol=1e-4, atol=1e-5)
+
+
+def test_the_clock_counts_what_was_taken():
+    run, _ = train(probes.Match(), make_config(num_epochs=3, num_minibatches=2), iterations=5)
+    assert run.clock.env_steps == 5 * 8 * 16 and run.clock.updates == 5 * 3 * 2
+
+
+def test_the_explained_variance_is_that_of_the_targets():
+    """With γ = 0 the target is the reward, and what is not explained is the error of V."""
+    config = make_config(discount=0.0)
+    env = probes.batch(probes.Match())
+    run, key = ppo.init(jax.random.key(0), env, config), jax.random.key(1)
+    _, info = ppo.train_step(run, key, env, config)
+    _, (obs, _, _, step) = ppo.rollout(run, jax.random.split(jax.random.clone(key))[0], env, config)
+    error = np.asarray(step.reward) - np.asarray(ppo.critic(run, obs))
+    np.testing.assert_allclose(info["explained_variance"], 1 - error.var() / np.asarray(step.reward).var(), rtol=1e-3)
+
+
+def agent_of(config):
+    return ppo.init(jax.random.key(0), probes.batch(probes.Match()), config).agent
+
+
+def lr_at_the_end(tx, updates):
+    """How far the update after so many moves a parameter."""
+    params = jnp.ones(3)
+    state = tx.init(params)
+    step = jax.jit(lambda state: tx.update(params, state, params))
+    for _ in range(updates):
+        _, state = step(state)
+    return float(jnp.abs(step(state)[0]).max())
 
 
 def test_update_is_clipped_annealed_adam_over_every_sample():
     """One minibatch an epoch, so the order does not matter: the same steps by hand, on unflattened parameters."""
     config = make_config(num_epochs=3, num_minibatches=1, env_steps=128 * 2, max_grad_norm=0.05)
+    longer = make_config(num_epochs=3, num_minibatches=4, env_steps=128 * 2)
+    rates = [agent_of(c).actor_critic.tx for c in (config, longer)]
+    assert all(lr_at_the_end(tx, n) == 0.0 < lr_at_the_end(tx, n - 1) for tx, n in zip(rates, (6, 24), strict=True))
     agent = ppo.init(jax.random.key(0), probes.batch(probes.Match()), config).agent
     batch = a_batch(agent, probes.Match().action_space)
     new, _ = agent.update(batch, jax.random.key(1))
@@ -227,7 +312,7 @@ def test_seeds_under_vmap_match_seeds_alone():
 
     def params(key):
         init_key, key = jax.random.split(key)
-        step = functools.partial(ppo.train_step, env=env, config=config)
+        step = functools.partial(ppo.train_step, source=env, config=config)
         run = jax.lax.scan(step, ppo.init(init_key, env, config), jax.random.split(key, 3))[0]
         return run.agent.actor_critic.params
 
