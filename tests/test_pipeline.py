@@ -1,13 +1,11 @@
-"""Collect, pretrain, finetune, as programs, of a stand-in method in a stand-in environment whose truth is known.
+"""Collect, pretrain, finetune, of a stand-in method in a stand-in environment whose truth is known.
 
-    x' = 0.9 x + 0.2 u + noise, as long as |x| < 0.4; what is seen is (x, t / 20), so the data say where they are from
+    x' = 0.9 x + 0.2 u + noise, as long as |x| < 0.4; obs is (x, t / 20), so the data say where they are from
 """
-import csv
+import importlib
 import json
 import os
 import pathlib
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,18 +13,29 @@ import time
 from types import SimpleNamespace
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 
-from core import minari
+import core.envs
+from algorithms import dynamics
+from core import checkpoint, minari
 from core.dataset import Dataset, last_steps, read_arrays
 from core.envs import Box, Discrete
 from core.errors import UserError
+from core.logging import read_metrics
+from launchers import cli
+from launchers.collect import collect
+from launchers.finetune import finetune
+from launchers.pretrain import pretrain
+from tests.stand_ins import drift, linear
 
 ROOT = pathlib.Path(__file__).parents[1]
 COLLECT, PRETRAIN, FINETUNE = (f"launchers/{name}.py" for name in ("collect", "pretrain", "finetune"))
-EPISODES, RESUMED, POLICY = "test_episodes_are_whole_and_in_order", "test_killed_and_resumed", "test_a_policy_collects"
-MODEL, MISTAKE = "test_the_model_is_that_of_the_training_episodes", "test_a_mistake_is_one_line"
+EPISODES, RESUMED, NOISE = ("test_episodes_are_whole_and_in_order", "test_what_was_interrupted_goes_on",
+                            "test_exploration_noise_is_in_half_widths_and_independent")
+MODEL, MISTAKE, STARTS = ("test_the_model_is_that_of_the_first_seed", "test_a_mistake_is_named",
+                          "test_finetune_starts_from_the_stored_weights")
 PLANTED_ERRORS = {
     "one environment's steps among another's": (
         COLLECT, "np.concatenate([x[:n, e] for e, n in enumerate(rows)])", "x[:max(rows)].reshape(-1, *x.shape[2:])",
@@ -35,24 +44,32 @@ PLANTED_ERRORS = {
     "one episode too many": (COLLECT, "[n - 1] + 1 for e", "[-1] + 1 for e", EPISODES),
     "the section ignored": (COLLECT, "config[name] = value", "config[name] = config[name]", EPISODES),
     "a key for all steps": (COLLECT, "fold_in(jax.random.fold_in(key, 1), state.t)", "fold_in(key, 1)", EPISODES),
-    "keys start over on resume": (COLLECT, "fold_in(key, 1), state.t)", "fold_in(key, 1), state.t + 99 * FLAGS.resume)",
-                                  f"{RESUMED}[collect]"),
-    "memory goes on over an end": (COLLECT, "where(ended(ts), new, old)", "old", POLICY),
-    "the next episode's start for the successor": (COLLECT, "next_obs=ts.next_obs", "next_obs=ts.obs", POLICY),
-    "finished data collected again": (COLLECT, 'if (folder / "summary.json").exists():', "if False:",
-                                      f"{MISTAKE}[finished]"),
-    "holdout is trained on": (PRETRAIN, "compiled(model, train.data, *span)", "compiled(model, (train.data | {}) and "
-                              "jax.tree.map(lambda x, y: jnp.resize(y, x.shape), train.data, holdout.data), *span)",
-                              MODEL),
-    "training data for holdout": (PRETRAIN, "holdout=holdout.data)", "holdout=train.data)", MODEL),
-    "the same minibatch for ever": (PRETRAIN, "fold_in(jax.random.fold_in(key, 1), i)", "fold_in(key, 1)", MODEL),
-    "first weights written": (PRETRAIN, "model, seconds = train_model(model,", "_, seconds = train_model("
-                              "jax.tree.map(jnp.copy, model),", MODEL),
-    "one step ahead for ever": (PRETRAIN, "return obs, jnp.stack([", 'return now["next_obs"], jnp.stack([', MODEL),
-    "resume starts over": (PRETRAIN, 'i, seconds, saved = meta["update"],', "i, seconds, saved = 0,",
-                           f"{RESUMED}[pretrain]"),
-    "finetune from nothing": (FINETUNE, "config.pretrained, FLAGS.workdir = str(weights), str(folder)",
-                              "FLAGS.workdir = str(folder)", "test_finetune_starts_from_the_stored_weights"),
+    "a step is lost in a checkpoint": (COLLECT, "checkpoint.save(folder, int(state.t), state,",
+                                       "checkpoint.save(folder, int(state.t), state._replace(t=state.t + 1),", RESUMED),
+    "memory goes on over an end": (COLLECT, "carry = restart(ended(ts), fresh, carry)", "carry = carry", EPISODES),
+    "nothing is observed": (COLLECT, "observe(carry, transition)\n", "carry\n", EPISODES),
+    "the truth in the data": (COLLECT, "transition._asdict() | shown", "transition._asdict()", EPISODES),
+    "one noise for all environments": (COLLECT, "jax.random.normal(key, action.shape)",
+                                       "jax.random.normal(key, (1, *action.shape[1:]))", NOISE),
+    "noise in units of the action": (COLLECT, "noise * half * jax", "noise * jax", NOISE),
+    "the action is stored before it is clipped": (
+        COLLECT, "return env.action_space.clip(action + noise * half * jax.random.normal(key, action.shape))",
+        "return action + noise * half * jax.random.normal(key, action.shape)", NOISE),
+    "no noise": (COLLECT, "action = explore(noise_key, action)", "action = explore(noise_key, action) * 0 + action",
+                 NOISE),
+    "a fresh policy for the trained one": (COLLECT, "trained_actor(run, config, env) if run else", "",
+                                           "test_a_trained_policy_collects"),
+    "finished data collected again": (COLLECT, 'if (folder / "summary.json").exists():', "if False:", MISTAKE),
+    "smoke is not small": (COLLECT, "episodes = 2 if smoke else episodes", "episodes = episodes",
+                           "test_smoke_goes_through_all_stages"),
+    "the last seed's model": (PRETRAIN, "np.asarray(x[0])", "np.asarray(x[-1])", MODEL),
+    "first weights written": (PRETRAIN, 'checkpoint.restore_newest(folder / "checkpoints", '
+                              "dict(run=jax.eval_shape(init, jnp.arange(num_seeds))))",
+                              "(dict(run=init(jnp.arange(num_seeds))), 0)", MODEL),
+    "pretrain's section ignored": (PRETRAIN, "own[name] = value", "own[name] = own[name]", MODEL),
+    "a finished model is trained again": (PRETRAIN, 'if (folder / "model.npz").exists():', "if False:", MISTAKE),
+    "finetune from nothing": (FINETUNE, "config.pretrained = str(weights)", "pass", STARTS),
+    "seeds of finetune": (FINETUNE, "num_seeds=num_seeds", "num_seeds=1", STARTS),
     "all of Minari is one episode": ("core/minari.py", "        begin = end\n", "",
                                      "test_minari_gives_back_what_was_put_into_it"),
     "one step less in Minari": ("core/minari.py", "e.observations[1:]", "e.observations[:-1]",
@@ -60,53 +77,47 @@ PLANTED_ERRORS = {
     "Minari is needed": ("core/minari.py", "except ImportError", "except KeyError",
                          "test_without_minari_its_extra_is_named"),
 }
-CONFIG = "--config=algorithms/linear.py"
 
 
-@pytest.fixture(scope="session")
-def house(tmp_path_factory):
-    """A copy of the house in which the stand-ins live, too."""
-    house = tmp_path_factory.mktemp("house")
-    for folder in ("algorithms", "configs", "core", "launchers"):
-        shutil.copytree(ROOT / folder, house / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "tests/stand_ins/linear.py", house / "algorithms")
-    shutil.copy(ROOT / "tests/stand_ins/drift.py", house / "core/envs")
-    return house
+def move_in(patch):
+    """The stand-ins become a part of the house: patch(object, name, value)."""
+    algorithm_of = cli.algorithm_of
+    patch(core.envs, "HERE", pathlib.Path(__file__).with_name("stand_ins"))
+    patch(cli, "algorithm_of", lambda config: linear if config.algorithm == "linear" else algorithm_of(config))
+    sys.modules["core.envs.drift"] = drift
 
 
-@pytest.fixture(scope="session")
-def launch(house):
-    def launch(name, *args, wait=True, limit=""):
-        command = shlex.join([sys.executable, "-m", f"launchers.{name}", *map(str, args)])
-        process = subprocess.Popen(["bash", "-c", f"{limit} exec {command}"], cwd=house, text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   env={**os.environ, "PYTHONPATH": str(house)})
-        if wait:
-            process.output, process.error = process.communicate(timeout=300)
-        return process
-
-    return launch
+@pytest.fixture(scope="module", autouse=True)
+def stand_ins():
+    with pytest.MonkeyPatch.context() as patch:
+        move_in(patch.setattr)
+        yield
+        del sys.modules["core.envs.drift"]
 
 
-@pytest.fixture(scope="session")
-def collected(launch, tmp_path_factory):
+def config_of(**changes):
+    config = linear.get_config()
+    for name, value in changes.items():
+        config[name].update(value)
+    return config
+
+
+@pytest.fixture(scope="module")
+def collected(stand_ins, tmp_path_factory):
     folder = tmp_path_factory.mktemp("collected")
-    process = launch("collect", CONFIG, f"--workdir={folder}")
-    assert process.returncode == 0, process.error
+    collect(config_of(), workdir=str(folder))
     return folder
 
 
-@pytest.fixture(scope="session")
-def pretrained(launch, collected):
-    process = launch("pretrain", CONFIG, f"--workdir={collected}")
-    assert process.returncode == 0, process.error
+@pytest.fixture(scope="module")
+def pretrained(collected):
+    pretrain(config_of(), workdir=str(collected), num_seeds=2, save_every=0.0)
     return collected
 
 
-@pytest.fixture(scope="session")
-def finetuned(launch, pretrained):
-    process = launch("finetune", CONFIG, f"--workdir={pretrained}", "--num_seeds=2")
-    assert process.returncode == 0, process.error
+@pytest.fixture(scope="module")
+def finetuned(pretrained):
+    finetune(config_of(), workdir=str(pretrained), num_seeds=2)
     return pretrained
 
 
@@ -129,13 +140,16 @@ def test_episodes_are_whole_and_in_order(collected):
     assert {p.name for p in (collected / "collect").iterdir()} == {
         "data.npz", "data.png", "config.json", "provenance.json", "summary.json"}
     data = Dataset.load(collected / "collect/data.npz").data
+    assert data["obs"].shape[1:] == data["next_obs"].shape[1:] == (2,)  # without what the environment reveals
     episodes = split_at_ends(data)
     assert len(episodes) == 50 and len({len(e["obs"]) for e in episodes}) > 5
     for episode in episodes:
         assert_whole(episode)
-    assert len(np.unique(data["action"])) == len(data["action"])
     noise = data["next_obs"][:, 0] - 0.9 * data["obs"][:, 0] - 0.2 * data["action"][:, 0]
+    assert len(np.unique(noise)) > 0.95 * len(noise)
     assert np.std(noise) == pytest.approx(0.05, rel=0.1)  # collect's, not the 0.5 of finetune
+    explored = data["action"][:, 0] - data["obs"][:, 1]  # the method acts by the number of steps that it has observed
+    assert abs(explored.mean()) < 0.1 and np.corrcoef(explored, data["obs"][:, 1])[0, 1] < 0.1
     summary = json.loads((collected / "collect/summary.json").read_text())
     assert summary["episodes"] == 50 and summary["transitions"] == len(noise)
     length = np.array([len(e["obs"]) for e in episodes])  # a reward of 1 a step
@@ -144,107 +158,153 @@ def test_episodes_are_whole_and_in_order(collected):
     assert summary["returns"]["ci95"] == pytest.approx([length.mean() - half, length.mean() + half], rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", ["collect", "pretrain"])
-def test_killed_and_resumed(stage, pretrained, launch, tmp_path):
-    """SIGKILL once there is a checkpoint: resumed, it leaves the same files, byte for byte."""
-    args = (CONFIG, f"--workdir={tmp_path}", "--save_every=0", f"--data={pretrained / 'collect/data.npz'}")
-    args = args[:3] if stage == "collect" else args
-    process = launch(stage, *args, wait=False)
-    while process.poll() is None and not list((tmp_path / stage / "checkpoints").glob("step_*")):
+def test_exploration_noise_is_in_half_widths_and_independent(collected):
+    """0.3 of half a box of [−1, 3]; what is stored is what was done."""
+    data = Dataset.load(collected / "collect/data.npz").data
+    action = np.asarray(data["action"][:, 0])
+    noise = action - data["obs"][:, 1]
+    inside = action > -1
+    assert action.min() == -1 and 0.5 < inside.mean() < 1
+    assert np.std(noise) == pytest.approx(0.6, rel=0.12) and len(np.unique(noise[inside])) == inside.sum()
+
+
+def test_a_trained_policy_collects(finetuned, tmp_path):
+    """Of a run, acting without noise: its action says how many steps of its own episode it has observed."""
+    collect(config_of(collect=dict(action_noise=0.0)), workdir=str(tmp_path), run=str(finetuned / "finetune"), seed=1)
+    data = Dataset.load(tmp_path / "collect/data.npz").data
+    np.testing.assert_allclose(data["action"][:, 0], data["obs"][:, 1], atol=1e-6)
+    assert len(split_at_ends(data)) == 50
+    assert json.loads((tmp_path / "collect/config.json").read_text())["run"] == str(finetuned / "finetune")
+
+
+def test_what_was_interrupted_goes_on(collected, tmp_path, monkeypatch):
+    """Stopped after a checkpoint and resumed, it leaves the same data, byte for byte."""
+    save = checkpoint.save
+
+    def save_and_stop(folder, step, *args):
+        save(folder, step, *args)
+        if step > 10:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            collect(config_of(), workdir=str(tmp_path), save_every=0.0)
+    assert not (tmp_path / "collect/summary.json").exists()
+    collect(config_of(), workdir=str(tmp_path), resume=True)
+    assert (tmp_path / "collect/data.npz").read_bytes() == (collected / "collect/data.npz").read_bytes()
+    assert not (tmp_path / "collect/checkpoints").exists()
+
+
+def test_killed_and_resumed(collected, tmp_path):
+    """SIGKILL at a moment of its own, once there is a checkpoint."""
+    code = ("from tests.test_pipeline import *; move_in(setattr); "
+            f"collect(config_of(), workdir={str(tmp_path)!r}, save_every=0.0)")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list((tmp_path / "collect/checkpoints").glob("step_*.npz")):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (tmp_path / stage / "summary.json").exists()
-    resumed = launch(stage, *args, "--resume")
-    assert resumed.returncode == 0, resumed.error
-    for name in {"collect": ["data.npz"], "pretrain": ["model.npz", "metrics.csv"]}[stage]:
-        assert (tmp_path / stage / name).read_bytes() == (pretrained / stage / name).read_bytes()
+    process.wait()
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "collect/summary.json").exists()
+    collect(config_of(), workdir=str(tmp_path), resume=True)
+    assert (tmp_path / "collect/data.npz").read_bytes() == (collected / "collect/data.npz").read_bytes()
 
 
-def test_the_model_is_that_of_the_training_episodes(pretrained):
-    """Its weights are the least squares of those, its errors the noise, ahead what its own predictions lead to."""
-    folder, truth = pretrained / "pretrain", np.array([[-0.1, 0], [0, 0], [0.2, 0], [0, 1 / 20]])
-    with open(folder / "metrics.csv") as file:
-        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-    assert len(rows) == 20 and [row["update"] for row in rows] == [90 * (k + 1) for k in range(20)]
-    key = jax.random.fold_in(jax.random.key(0), 3)
-    sides = Dataset.load(pretrained / "collect/data.npz").split(0.2, key)
-    weights = read_arrays(folder / "model.npz")["layer"]["w"]
-
-    def regression(data):
-        inputs = np.concatenate([data["obs"], data["action"], np.ones((len(data["obs"]), 1))], axis=1)
-        return inputs, data["next_obs"] - data["obs"]
-
-    inputs, change = regression(sides[0].data)
-    np.testing.assert_allclose(weights, np.linalg.lstsq(inputs, change)[0], atol=3e-3)
-    np.testing.assert_allclose(weights, truth, atol=0.03)
-    inputs, change = regression(sides[1].data)
-    error = np.sqrt(np.square(inputs @ weights - change)[:, 0].mean())
-    assert rows[-1]["holdout_error"] == pytest.approx(error, rel=1e-4) == pytest.approx(0.05, rel=0.2)
-    assert rows[0]["loss"] > 1.3 * rows[-1]["loss"] and rows[-1]["train_error"] == pytest.approx(0.05, rel=0.2)
-
-    ahead = json.loads((folder / "summary.json").read_text())["open_loop_error"]
-    window = sides[1].sample_trajectories(jax.random.key(0), 256, len(ahead))
-    obs = window["obs"][0]
-    for action, next_obs, error in zip(window["action"], window["next_obs"], ahead, strict=True):
-        obs = obs + np.concatenate([obs, action, np.ones((len(obs), 1))], axis=1) @ weights
-        assert error == pytest.approx(np.sqrt(np.square(obs - next_obs).mean()), rel=1e-3)
-    assert len(ahead) > 5 and {p.name for p in folder.glob("*.*")} == {
-        "config.json", "provenance.json", "summary.json", "metrics.csv", "model.npz", "error.png"}
+def test_the_model_is_that_of_the_first_seed(pretrained):
+    """The least squares of its training episodes; the score is the error of the others."""
+    folder, data = pretrained / "pretrain", cli.read_dataset(
+        str(pretrained / "collect/data.npz"), core.envs.make_env("drift", 1))
+    params = read_arrays(folder / "model.npz")
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("num_seeds", "seed", "eval_seed"):
+        config.pop(name)
+    assert config["env_kwargs"] == dict(noise=0.5) and config["updates"] == 400 and config["hidden_dims"] == []
+    run = jax.jit(lambda key: dynamics.init(key, data, ml_collections.FrozenConfigDict(config)))(
+        jax.random.fold_in(jax.random.key(0), 0))
+    trained = np.asarray(run.order[:run.num_trained])
+    data = {name: np.asarray(leaf, np.float64) for name, leaf in data.data.items()}
+    inputs, change = np.concatenate([data["obs"], data["action"]], axis=1), data["next_obs"] - data["obs"]
+    scaling, layer = params["scaling"], params["weights"]["Dense_0"]
+    np.testing.assert_allclose(scaling["centre"], inputs[trained].mean(0), rtol=1e-4)
+    z = np.append((inputs - scaling["centre"]) / scaling["spread"], np.ones((len(inputs), 1)), axis=1)
+    y, fitted = change / scaling["scale"], np.append(layer["kernel"], layer["bias"][None], axis=0)
+    np.testing.assert_allclose(fitted[:, 0], np.linalg.lstsq(z[trained], y[trained])[0][:, 0], atol=0.05)
+    metrics, summary = read_metrics(folder), json.loads((folder / "summary.json").read_text())
+    held_out = np.delete(np.arange(len(y)), trained)
+    for name, index in (("holdout_error", held_out), ("train_error", trained)):
+        error = np.sqrt(np.square(z @ fitted - y)[index].mean())
+        assert metrics[name][-1, 0] == pytest.approx(error, rel=1e-3) and metrics[name][-1, 1] != metrics[name][-1, 0]
+    assert summary["score"] == ["holdout_error"] and summary["updates"] == 400 and (folder / "curve.png").exists()
+    np.testing.assert_array_equal(metrics["updates"][:, 0], [100, 200, 300, 400])
 
 
 def test_finetune_starts_from_the_stored_weights(finetuned):
-    weight = np.abs(read_arrays(finetuned / "pretrain/model.npz")["layer"]["w"]).sum()
-    with open(finetuned / "finetune/metrics.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["seed"] for row in rows] == ["0", "1"] * 2 and (finetuned / "finetune/curve.png").exists()
-    assert [float(row["weight"]) for row in rows] == pytest.approx([weight] * 4, rel=1e-6)
-    assert json.loads((finetuned / "finetune/provenance.json").read_text())["flags"]["num_seeds"] == 2
+    weight = np.abs(read_arrays(finetuned / "pretrain/model.npz")["weights"]["Dense_0"]["kernel"]).sum()
+    metrics = read_metrics(finetuned / "finetune")
+    np.testing.assert_array_equal(metrics["seed"], [[0, 1]] * 2)
+    np.testing.assert_allclose(metrics["weight"], weight, rtol=1e-5)
 
 
-def test_a_policy_collects(finetuned, launch, tmp_path):
-    """The stand-in's policy says in its action how many steps it remembers: those of its own episode."""
-    process = launch("collect", CONFIG, f"--workdir={tmp_path}", f"--run={finetuned / 'finetune'}")
-    assert process.returncode == 0, process.error
-    data = Dataset.load(tmp_path / "collect/data.npz").data
-    np.testing.assert_allclose(data["action"][:, 0], data["obs"][:, 1], atol=1e-6)
-    episodes = split_at_ends(data)
-    assert len(episodes) == 50
-    for episode in episodes:
-        assert_whole(episode)
+def test_a_killed_pretraining_still_writes_its_model(pretrained, tmp_path):
+    """Killed between the end of training and the writing of the model."""
+    before = read_arrays(pretrained / "pretrain/model.npz")
+    (pretrained / "pretrain/model.npz").rename(tmp_path / "model.npz")
+    pretrain(config_of(), workdir=str(pretrained), num_seeds=2, resume=True)
+    after = read_arrays(pretrained / "pretrain/model.npz")
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_smoke_goes_through_all_stages(tmp_path):
+    assert collect(config_of(), workdir=str(tmp_path), smoke=True)["episodes"] == 2
+    assert pretrain(config_of(pretrain=dict(rollout_steps=1)), workdir=str(tmp_path), smoke=True)["updates"] == 2
+    assert finetune(config_of(), workdir=str(tmp_path), smoke=True)["env_steps"] == 4
+
+
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("icem_online_*.py"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_sections_of_a_config_fit(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    stage = importlib.import_module("launchers.collect").settings(config, smoke=True)
+    assert stage[0].num_envs == 2 and stage[1] == 2 and stage[2] > 0 and not stage[0].learn
+    own = importlib.import_module("launchers.pretrain").settings(config, "data.npz")
+    assert own.dataset == "data.npz" and own.hidden_dims == config.hidden_dims and own.updates == 10_000
 
 
 MISTAKES = {
-    "finished": ("collect", [], "finished collection"),
-    "typo": ("collect", ["--config.collect.episods=3", "--workdir={tmp}"], "episodes"),
-    "no data": ("pretrain", ["--workdir={tmp}"], "collect/data.npz"),
-    "damaged data": ("pretrain", ["--workdir={tmp}", "--data={house}/damaged.npz"], "damaged.npz"),
-    "other data": ("pretrain", ["--workdir={tmp}", "--data={house}/other.npz"], "obs (3,) where the environment has"),
-    "no method of a model": ("pretrain", ["--config=algorithms/ppo.py", "--workdir={tmp}"], '"pretrain"'),
-    "no weights": ("finetune", ["--workdir={tmp}"], "pretrain/model.npz"),
+    "finished collection": (collect, {}, {}),
+    "finished model": (pretrain, {}, {}),
+    'config.collect has "episods"': (collect, dict(collect=dict(episods=3)), dict(workdir="new")),
+    'config.pretrain has "epochs"': (pretrain, dict(pretrain=dict(epochs=3)), dict(workdir="new")),
+    "no data in": (pretrain, {}, dict(workdir="new")),
+    "damaged.npz": (pretrain, {}, dict(workdir="new", data="damaged.npz")),
+    r"obs \(3,\) where the environment has": (pretrain, {}, dict(workdir="new", data="other.npz")),
+    "pretrain/model.npz": (finetune, {}, dict(workdir="new")),
 }
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line(name, collected, house, launch, tmp_path):
-    stored = collected / "collect/data.npz"
+@pytest.mark.parametrize("words", MISTAKES)
+def test_a_mistake_is_named(words, pretrained, tmp_path):
+    launch, changes, flags = MISTAKES[words]
+    stored = pretrained / "collect/data.npz"
     data = Dataset.load(stored).data
-    Dataset.create(data | dict(obs=np.zeros((len(data["reward"]), 3)))).save(house / "other.npz")
-    (house / "damaged.npz").write_bytes(stored.read_bytes()[:-9])
-    stage, args, culprit = MISTAKES[name]
+    Dataset.create(data | dict(obs=np.zeros((len(data["reward"]), 3)))).save(tmp_path / "other.npz")
+    (tmp_path / "damaged.npz").write_bytes(stored.read_bytes()[:-9])
+    flags = dict(workdir=str(pretrained)) | {name: str(tmp_path / value) for name, value in flags.items()}
     before = stored.stat().st_mtime_ns
-    places = dict(tmp=tmp_path / "run", house=house)
-    process = launch(stage, CONFIG, f"--workdir={collected}", *[arg.format(**places) for arg in args])
-    assert process.returncode != 0 and culprit in process.error, process.error
-    assert len(process.error.strip().splitlines()) == 1, process.error
-    assert not list(tmp_path.iterdir()) and stored.stat().st_mtime_ns == before
+    with pytest.raises(UserError, match=words) as error:
+        launch(config_of(**changes), **flags)
+    assert "\n" not in str(error.value) and stored.stat().st_mtime_ns == before
+    assert not (tmp_path / "new").exists()
 
 
-def test_a_full_disk_is_one_line_and_leaves_no_half_file(launch, tmp_path):
-    process = launch("collect", CONFIG, f"--workdir={tmp_path}", limit="ulimit -f 8; trap '' XFSZ; "
-                     "JAX_ENABLE_COMPILATION_CACHE=false")  # no file may grow beyond 8 KiB
-    assert process.returncode == 2 and process.error.strip().splitlines()[-1].startswith("error: "), process.error
-    assert not (tmp_path / "collect/data.npz").exists() and not (tmp_path / "collect/summary.json").exists()
+def test_a_config_without_stages_is_refused():
+    config = importlib.import_module("configs.ppo_cartpole").get_config()
+    for launch, words in ((collect, '"collect"'), (pretrain, '"pretrain"'), (finetune, "cannot start from stored")):
+        with pytest.raises(UserError, match=words):
+            launch(config)
 
 
 def transitions():
