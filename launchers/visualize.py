@@ -1,110 +1,160 @@
-"""Film episodes of a run or of one of its checkpoints: a GIF or an MP4, by the ending of --out.
+"""Film fresh episodes of a run or of one of its checkpoints: a GIF or an MP4, by the ending of --out.
 
     python -m launchers.visualize --run=runs/x --out=episode.gif
     python -m launchers.visualize --run=runs/x --out=x.mp4 --seed_index=3 --episodes=4 --set=max_steps=100
 
-A method that learns within the episode that it is judged by (it has `measure`, not `act`) is filmed as it ran, with
-the same keys: the first episode, and beside it the 2σ ellipses of the belief about φ, less the truth, which is the
-cross. Orange are the ellipses of where the plan leads. `--figure` draws what a run of such a method logged:
+Where a policy has a Gaussian belief about the environment's hidden truth, and a plan, the film shows both: at the right
+the 2σ ellipses of pairs of unknown numbers φ, less the truth, which is the cross; in the arena, in orange, the 2σ
+ellipses of where the plan leads. `--figure` draws what a run with a belief logged while it learnt:
 
     python -m launchers.visualize --run=runs/joint --out=joint.gif --figure=joint.png --against=runs/perfect
 """
 import ast
+import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
 from core import ekf, render
 from core.envs import make_env
 from core.errors import UserError
 from core.logging import read_metrics
 from launchers import cli
-from launchers.runs import drawable, figure, load, play, regret, replay
+from launchers.runs import drawable, figure, load, play, regret
 
-FLAGS = flags.FLAGS
-flags.DEFINE_string("run", None, "A run's folder, or one of its checkpoints.", required=True)
-flags.DEFINE_string("out", None, "The film to write, .gif or .mp4.")
-flags.DEFINE_string("figure", None, "The picture to write of what a run with a belief logged, .png or .pdf.")
-flags.DEFINE_string("against", None, "The run whose return --figure takes regret to, paired by seed.")
-flags.DEFINE_integer("seed_index", 0, "Which of the run's seeds.", lower_bound=0)
-flags.DEFINE_integer("episodes", 1, "Episodes, one after another.", lower_bound=1)
-flags.DEFINE_integer("steps", None, "Steps of each at most.", lower_bound=1)
-flags.DEFINE_list("set", [], "Other settings of the environment: name=value,name=value.")
-flags.DEFINE_integer("eval_seed", 1_000_000, "Fixes the episodes.")
-flags.DEFINE_bool("best", False, "The best checkpoint by evaluation return, where no checkpoint is named.")
-flags.DEFINE_float("fps", 10.0, "Frames a second.", lower_bound=1.0)
-flags.DEFINE_integer("height", 384, "Pixels.", lower_bound=64)
+WRITERS = {".gif": render.write_gif, ".mp4": render.write_mp4}
 
 
-def main(_):
+def visualize(*, run: str, out: str | None = None, figure: str | None = None, against: str | None = None,
+              seed_index: int = 0, episodes: int = 1, steps: int | None = None, set: list[str] = (),
+              eval_seed: int = 1_000_000, best: bool = False, fps: float = 10.0, height: int = 384) -> list[np.ndarray]:
+    """Film episodes of a run, or draw what it logged: the returns of the filmed episodes.
+
+    Args:
+        run: A run's folder, or one of its checkpoints.
+        out: The film to write, .gif or .mp4.
+        figure: The picture to write of what a run with a belief logged, .png or .pdf.
+        against: The run to which --figure shows the regret, paired by seed.
+        seed_index: Which of the run's seeds.
+        episodes: Episodes, one after another.
+        steps: Steps of each at most.
+        set: Other settings of the environment: name=value,name=value.
+        eval_seed: Fixes the episodes.
+        best: The best checkpoint by evaluation return, where no checkpoint is named.
+        fps: Frames a second.
+        height: Pixels.
+    """
     cli.compilation_cache()
-    writers = {".gif": render.write_gif, ".mp4": render.write_mp4}
-    if not FLAGS.out and not FLAGS.figure:
+    if not out and not figure:
         raise UserError("say what to make: --out=film.gif, or --figure=picture.png")
-    if FLAGS.out and pathlib.Path(FLAGS.out).suffix not in writers:
-        raise UserError(f"--out={FLAGS.out} ends neither in .gif nor in .mp4")
-    algorithm, config, run, meta = load(FLAGS.run, FLAGS.best)
-    if FLAGS.seed_index >= (num_seeds := len(jax.tree.leaves(run)[0])):
-        raise UserError(f"--seed_index={FLAGS.seed_index}, but {FLAGS.run} has {num_seeds} seeds, from 0")
-    if FLAGS.figure:
-        draw_figure(config)
-    if FLAGS.out:
-        learns_as_it_is_judged = hasattr(algorithm, "measure")
-        if learns_as_it_is_judged and not hasattr(algorithm, "imagine"):
-            raise UserError(f"{config.algorithm} cannot be filmed: it learns as it is judged and has no `imagine`")
-        shoot = film_of_run if learns_as_it_is_judged else film_of_policy
-        frames, returns = shoot(algorithm, config, run, meta)
-        writers[pathlib.Path(FLAGS.out).suffix](FLAGS.out, frames, FLAGS.fps)
-        print(f"{FLAGS.out}: {len(frames)} frames, {pathlib.Path(FLAGS.out).stat().st_size / 1e3:.0f} kB; "
-              f"returns {', '.join(str(np.round(x, 2)) for x in returns)}")
+    if out and pathlib.Path(out).suffix not in WRITERS:
+        raise UserError(f"--out={out} ends neither in .gif nor in .mp4")
+    for name, value, least in (("episodes", episodes, 1), ("steps", steps, 1), ("fps", fps, 1), ("height", height, 64)):
+        if value is not None and value < least:
+            raise UserError(f"--{name}={value}: at least {least}")
+    returns = []
+    if out:
+        returns = film(run, out, seed_index, episodes, steps, set, eval_seed, best, fps, height)
+    if figure:
+        draw_figure(run, figure, against)
+    return returns
 
 
-def film_of_policy(algorithm, config, run, _):
-    """(frames, returns) of fresh episodes."""
-    run = jax.tree.map(lambda x: x[FLAGS.seed_index], run)
-    env = changed(config)
-    keys = jax.random.split(jax.random.key(FLAGS.eval_seed), FLAGS.episodes)
-    played = [play(algorithm, run, env, key, FLAGS.steps) for key in keys]
-    films = [render.scenes(env, states) for states, _ in played]
+def film(folder, out, seed_index, episodes, steps, settings, eval_seed, best, fps, height):
+    """Write the film; the returns of its episodes."""
+    algorithm, config, run, meta = load(folder, best)
+    if not 0 <= seed_index < (num_seeds := len(jax.tree.leaves(run)[0])):
+        raise UserError(f"--seed_index={seed_index}, but {folder} has {num_seeds} seeds, from 0")
+    name, kwargs = cli.eval_settings(config)
+    kwargs = {**kwargs, **dict(setting(text) for text in settings)}
+    try:
+        env = drawable(name, **kwargs)
+    except TypeError as error:
+        raise UserError(f"--set={','.join(settings)}: {error}") from error
+    run = jax.tree.map(lambda x: x[seed_index], run)
+    run = cli.rebind(algorithm, run, make_env(name, config.get("num_envs", 1), **kwargs), config)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(eval_seed), meta["seed"] + seed_index), episodes)
+    played = [play(algorithm, run, env, key, steps) for key in keys]
 
-    # One camera for all episodes: frames of one size.
+    arenas = [render.scenes(env, states) for states, _, _ in played]
+    beliefs = [imagine(env, config.get("about", "params"), states, carries) for states, _, carries in played]
+    for arena, belief in zip(arenas, beliefs, strict=True):
+        for scene, mean, cov in zip(arena, *(belief["future"] if belief else ([], [])), strict=False):
+            scene.shapes[:0] = [render.ellipse(mean[k], cov[k], render.ORANGE) for k in range(4, len(mean), 5)]
+    arenas = one_camera(arenas)
+    frames = [render.film(arena, reward, height) for arena, (_, reward, _) in zip(arenas, played, strict=True)]
+    if beliefs[0] and beliefs[0]["phi"]:
+        panels = one_camera([panel(belief["phi"]) for belief in beliefs])
+        frames = [np.concatenate([left, render.film(right, height=height)], axis=2)
+                  for left, right in zip(frames, panels, strict=True)]
+    frames, returns = np.concatenate(frames), [np.asarray(reward).sum(0) for _, reward, _ in played]
+    WRITERS[pathlib.Path(out).suffix](out, frames, fps)
+    print(f"{out}: {len(frames)} frames, {pathlib.Path(out).stat().st_size / 1e3:.0f} kB; "
+          f"returns {', '.join(str(np.round(x, 2)) for x in returns)}")
+    return returns
+
+
+def one_camera(films):
+    """The same corners for all scenes [[Scene]]: frames of one size."""
     low = np.min([scene.low for film in films for scene in film], axis=0)
     high = np.max([scene.high for film in films for scene in film], axis=0)
-    films = [[scene._replace(low=low, high=high) for scene in film] for film in films]
-    frames = [render.film(film, reward, FLAGS.height) for film, (_, reward) in zip(films, played, strict=True)]
-    return np.concatenate(frames), [np.asarray(reward).sum(0) for _, reward in played]
+    return [[scene._replace(low=low, high=high) for scene in film] for film in films]
 
 
-def film_of_run(algorithm, config, run, meta):
-    """(frames, returns) of the first episode that the method learnt in, and its belief beside it."""
-    if FLAGS.set or FLAGS.episodes > 1 or FLAGS.best:
-        raise UserError(f"{config.algorithm} is filmed as it ran: --set, --episodes and --best do not apply")
-    env = drawable(config.env, **config.get("env_kwargs", {}))
-    seeds = np.arange(meta["seed"], meta["seed"] + len(jax.tree.leaves(run)[0]))
-    runs, (of_phi, future) = replay(algorithm, config, seeds, FLAGS.seed_index)
-    restarts = np.flatnonzero(runs.env_state.episode_length[1:, 0] == 0)
-    length = min([*(restarts + 1), len(runs.obs), (FLAGS.steps or len(runs.obs)) + 1])
-    arena = render.scenes(env, jax.tree.map(lambda x: x[:length, 0], runs.env_state.env))
-    for scene, mean, cov in zip(arena, *future, strict=False):
-        scene.shapes[:0] = [render.ellipse(mean[k], cov[k], render.ORANGE) for k in range(4, len(mean), 5)]
-    returns = runs.env_state.episode_return[:length, 0]
+def imagine(env, about, states, carries):
+    """What a policy believes at every state [T + 1], where it has a Gaussian belief about the truth, and a plan:
+
+        phi      {name: (mean [T + 1, 2], cov [T + 1, 2, 2])} of entries of φ, less their truth
+        future   mean [T + 1, H, 2] and cov [T + 1, H, 2, 2] of the places that the plan leads to
+    """
+    if not believes(env, about, carries):
+        return None
+    unknown = env.unknown(about)
+
+    def places(mean, unravel, x, plan):
+        phi = unknown.reduce(unravel(mean))
+
+        def step(x, action):
+            x = unknown.dynamics(phi, x, action)
+            return x, env.place(x)
+
+        return jax.lax.scan(step, x, plan)[1]
+
+    def push(function, belief, *args):
+        """Mean and covariance of function(θ) [..., k] by its Jacobian; what is not θ is taken as certain."""
+        J = jax.jacfwd(function)(belief.mean, belief.unravel, *args)
+        return function(belief.mean, belief.unravel, *args), jnp.einsum("...ip,pq,...jq->...ij", J, belief.cov, J)
+
+    def look(carry, state):
+        mean, cov = push(lambda mean, unravel: unknown.reduce(unravel(mean)), carry.belief)
+        error = mean - unknown.truth(state.params)
+        pairs = {name: jnp.array(pair) for name, pair in unknown.shown.items()}
+        phi = {name: (error[pair], cov[pair[:, None], pair[None]]) for name, pair in pairs.items()}
+        return dict(phi=phi, future=push(places, carry.belief, state.x, carry.plan.mean))
+
+    first = jax.tree.map(lambda x: x[:, 0], carries)
+    return jax.device_get(jax.jit(jax.vmap(look))(first, states))
+
+
+def believes(env, about, carries):
+    """Whether the carries of a policy hold a belief about the hidden truth of `env`, and a plan."""
+    belief = getattr(carries, "belief", None)
+    if not hasattr(belief, "cov") or not hasattr(carries, "plan"):
+        return False
+    if not hasattr(env, "unknown") or not hasattr(env, "place") or env.reveal:
+        return False
+    like = belief.unravel(jnp.zeros(belief.mean.shape[-1]))  # a network's weights are no Params
+    return jax.tree.map(jnp.shape, like) == jax.tree.map(jnp.shape, env.unknown(about).guess)
+
+
+def panel(of_phi):
+    """Scenes of the belief about φ, one for each state."""
     width = 2.5 * max((np.abs(mean[0]) + 2 * np.sqrt(np.diagonal(cov[0]))).max() for mean, cov in of_phi.values())
-    beliefs = [render.gaussians({name: (mean[t], cov[t]) for name, (mean, cov) in of_phi.items()}, width,
-                                f"belief less truth, 2 standard deviations; width {width:.3g}") for t in range(length)]
-    films = render.film(arena, np.diff(returns), FLAGS.height), render.film(beliefs, height=FLAGS.height)
-    if not np.array_equal(runs.measures["return"][meta["iteration"]], run.measures["return"][FLAGS.seed_index]):
-        print("note: computed on other devices, this is another trajectory than the one that was stored")
-    return np.concatenate(films, axis=2), returns[-1:]
-
-
-def changed(config):
-    """The run's environment, unbatched, with the settings of --set."""
-    try:
-        return drawable(config.env, **{**config.get("env_kwargs", {}), **dict(setting(text) for text in FLAGS.set)})
-    except TypeError as error:
-        raise UserError(f"--set={','.join(FLAGS.set)}: {error}") from error
+    length = len(next(iter(of_phi.values()))[0])
+    return [render.gaussians({name: (mean[t], cov[t]) for name, (mean, cov) in of_phi.items()}, width,
+                             f"belief less truth, 2 standard deviations; width {width:.3g}") for t in range(length)]
 
 
 def setting(text):
@@ -115,40 +165,41 @@ def setting(text):
         raise UserError(f"--set={text}: not of the form name=value with a number, string or True and False") from None
 
 
-def draw_figure(config):
-    """What the belief knew and what that was worth, against environment steps: medians and quartiles of the seeds."""
-    logged = read_metrics(FLAGS.run)
+def draw_figure(folder, path, against):
+    """The belief of a run while it learnt, and the reward that it got: medians and quartiles of the seeds."""
+    config = json.loads((pathlib.Path(folder) / "config.json").read_text())
+    logged = read_metrics(folder)
     steps, num_seeds = logged["env_steps"][:, 0], logged["seed"].shape[1]
-    error = next((name for name in ("gain_error", "parameter_error") if name in logged), None)
-    if error is None or "nis" not in logged:
-        raise UserError(f"{FLAGS.run} logged no error, NIS and information of a belief: nothing for --figure")
-    worth, what = logged["return"], "return"
-    if FLAGS.against:
-        worth, what = regret(FLAGS.run, FLAGS.against), f"regret to {pathlib.Path(FLAGS.against).name}"
-    span = np.diff(steps, prepend=0)  # every logged value is a mean over so many steps
-    nats = np.cumsum(logged["information"] * span[:, None] / config.num_envs, axis=0)
-    env = make_env(config.env, 1, **config.get("env_kwargs", {})).env
-    d = jax.eval_shape(env.start, jax.random.key(0)).size
-    with figure(FLAGS.figure, nrows=2, ncols=2, figsize=(9, 6), sharex=True) as (fig, axes):
-        (error_ax, nis_ax), (nats_ax, worth_ax) = axes
-        for ax, values, title in ((error_ax, logged[error], error.replace("_", " ")), (nats_ax, nats, "nats gained"),
-                                  (worth_ax, worth, what)):
+    error = next((name for name in ("gain_error", "parameter_error", "error") if name in logged), None)
+    if error is None or "reward" not in logged or "nis" not in logged:
+        raise UserError(f"{folder} logged no error, NIS and reward of a belief: nothing for --figure")
+    span = np.diff(steps, prepend=0) / config["num_envs"]  # every logged value is a mean over so many steps
+    panels = [(logged[error], error.replace("_", " ")), (logged["nll"], "nll") if "nll" in logged else (
+        np.cumsum(logged["information"] * span[:, None], axis=0), "nats gained")]
+    if against:
+        panels.append((regret(folder, against), f"regret to {pathlib.Path(against).name}"))
+    else:
+        panels.append((np.cumsum(logged["reward"] * span[:, None], axis=0), "reward so far"))
+    env = make_env(config["env"], 1, **config.get("env_kwargs", {}))
+    d = jax.eval_shape(env.reset, jax.random.key(0))[1].shape[-1]
+    with figure(path, ncols=2, nrows=2, figsize=(9, 6), sharex=True) as (fig, axes):
+        (error_ax, nis_ax), others = axes[0], axes[1]
+        for ax, (values, title) in zip([error_ax, *others], panels, strict=True):
             low, middle, high = np.percentile(values, [25, 50, 75], axis=1)
             ax.fill_between(steps, low, high, alpha=0.25, linewidth=0)
             ax.plot(steps, middle)
             ax.set_title(title)
-        error_ax.set_ylim(bottom=0)
-        nats_ax.set_ylim(bottom=0)
-        worth_ax.axhline(0, color="grey", linewidth=0.8)
-        nis_ax.fill_between(steps, *ekf.nis_band(d, span * num_seeds), color="tab:green", alpha=0.4, step="pre")
+            ax.axhline(0, color="grey", linewidth=0.8)
+        nis_ax.fill_between(steps, *ekf.nis_band(d, span * config["num_envs"] * num_seeds), color="tab:green",
+                            alpha=0.4, step="pre")
         nis_ax.plot(steps, logged["nis"].mean(axis=1))
         nis_ax.set(yscale="log", title=f"NIS, mean of seeds; 95 % band of χ²({d})")
         for ax in axes.flat:
             ax.spines[["top", "right"]].set_visible(False)
-        axes[1, 0].set_xlabel("environment steps")
-        axes[1, 1].set_xlabel("environment steps")
-        fig.suptitle(f"{pathlib.Path(FLAGS.run).name}: {config.algorithm} on {config.env}, {num_seeds} seeds")
+        for ax in others:
+            ax.set_xlabel("environment steps")
+        fig.suptitle(f"{pathlib.Path(folder).name}: {config['algorithm']} on {config['env']}, {num_seeds} seeds")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(visualize)
