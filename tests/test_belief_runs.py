@@ -40,7 +40,8 @@ PLANTED_ERRORS = {
     "settings not heeded": (VISUALIZE, "kwargs = {**kwargs, **dict(setting", "kwargs = {**kwargs} | 0 * dict(setting",
                             FILM),
     "belief of the last step only": (VISUALIZE, "{name: (mean[t], cov[t])", "{name: (mean[-1], cov[-1])", FILM),
-    "steps not heeded": (VISUALIZE, "play(algorithm, run, env, key, steps)", "play(algorithm, run, env, key, None)", ASKED),
+    "steps not heeded": (
+        VISUALIZE, "play(algorithm, run, env, key, steps)", "play(algorithm, run, env, key, None)", ASKED),
     "nothing in the arena": (VISUALIZE, "range(4, len(mean), 5)", "range(0)", FILM),
     "a camera for each episode": (VISUALIZE, "arenas = one_camera(arenas)", "pass", FILM),
     "played before it is refused": (
@@ -92,7 +93,8 @@ def test_killed_within_an_episode_and_resumed_it_is_the_same_run(folder):
         path.unlink()
     with jax.debug_key_reuse(False):
         train(tiny(), num_seeds=2, seed=3, workdir=str(victim), resume=True)
-    assert 0 < int(first.stem.split("_")[1]) < 18 and (victim / "metrics.csv").read_bytes() == (folder / "metrics.csv").read_bytes()
+    assert 0 < int(first.stem.split("_")[1]) < 18
+    assert (victim / "metrics.csv").read_bytes() == (folder / "metrics.csv").read_bytes()
     mine, theirs = ({name: value for name, value in np.load(newest(path)).items() if name != "meta.json"}
                     for path in (victim, folder))
     assert mine.keys() == theirs.keys() and len(mine) > 5

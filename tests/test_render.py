@@ -12,7 +12,16 @@ import pytest
 from PIL import Image
 
 from core import render
-from core.envs import blocker_goal_seeker, damped_pendulum, multi_agent_tracking, pursuit_evasion
+from core.envs import (
+    blocker_goal_seeker,
+    cartpole_balance,
+    cartpole_swingup,
+    damped_pendulum,
+    hidden,
+    multi_agent_tracking,
+    planar_drone_wind,
+    pursuit_evasion,
+)
 from core.render import BLUE, GREEN, RED, WHITE, Circle, Line, Scene, film, scenes, write_gif, write_mp4
 
 RENDER, PURSUIT = "core/render.py", "core/envs/pursuit_evasion.py"
@@ -32,6 +41,13 @@ PLANTED_ERRORS = {
     "a pendulum on its head": ("core/envs/damped_pendulum.py", "-np.cos(state.x[0])", "np.cos(state.x[0])"),
     "half-written file in place": (RENDER, "        yield temporary\n", "        yield path\n"),
     "variances for deviations": (RENDER, "np.sqrt(np.maximum(values, 0))", "np.maximum(values, 0)"),
+    "a pole on its head": ("core/envs/cartpole_swingup.py", "-length * np.cos(angle)])", "length * np.cos(angle)])"),
+    "a pole that leans away": ("core/envs/cartpole_balance.py", "position + length * np.sin(angle)",
+                               "position - length * np.sin(angle)"),
+    "a pole of the wrong length": ("core/envs/cartpole_swingup.py", "2 * np.exp(state.params.log_half_length)",
+                                   "2 * self.half_length"),
+    "a drone that leans away": ("core/envs/planar_drone_wind.py", "-np.sin(state.x[2])]", "np.sin(state.x[2])]"),
+    "the plan of another agent": ("core/envs/unicycle_pursuit.py", "return x[4:6]", "return x[:2]"),
     "hit drawn as a miss": (PURSUIT, "RED if hit else ORANGE", "ORANGE if hit else RED"),
 }
 
@@ -108,19 +124,44 @@ def test_no_shape_reaches_into_the_returns():
     assert at(frames[0], 0.9, 0.3) == GREEN
 
 
-@pytest.mark.parametrize("name", ["damped_pendulum", "linear_tracking", "merging_idm", "pursuit_evasion_lqr"])
+HIDDEN = dict(  # environments with a hidden truth, and the agent that it moves
+    cartpole_balance="tip", cartpole_swingup="tip", damped_pendulum="pendulum", linear_tracking="system",
+    merging_idm="agent", planar_drone_wind="drone", pursuit_evasion_lqr="pursuer", unicycle_pursuit="pursuer")
+
+
+@pytest.mark.parametrize("name", HIDDEN)
 def test_what_hidden_params_move_is_drawn_where_it_is(name):
     env = importlib.import_module(f"core.envs.{name}").Env()
-    state, _ = env.reset(jax.random.key(1))
+    state, _ = jax.jit(env.reset)(jax.random.key(1))
     state = state._replace(x=state.x + 0.1 * jnp.arange(state.x.size))
     scene = env.draw(jax.device_get(state))
     agents = {shape.label: shape.centre for shape in scene.shapes if isinstance(shape, Circle) and shape.label}
-    moved = {"merging_idm": "agent", "pursuit_evasion_lqr": "pursuer"}.get(name, [*agents][0])
-    np.testing.assert_allclose(agents[moved], env.place(state.x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(agents[HIDDEN[name]], env.place(state.x), rtol=1e-5, atol=1e-6)
     assert all((scene.low < np.asarray(centre)).all() and (centre < np.asarray(scene.high)).all()
                for centre in agents.values())
-    for pair in env.shown.values():
-        assert max(pair) < sum(leaf.size for leaf in jax.tree.leaves(env.truth))
+
+
+def test_poles_and_drones_stand_as_they_should():
+    """The tip of an upright pole is above the cart, a tilted one on its side; a drone that climbs to the right leans
+    to the right; a longer pole is drawn longer."""
+    def shapes(module, x, **options):
+        env = module.Env(**options)
+        scene = env.draw(jax.device_get(hidden.State(jnp.float32(x), env.truth, 0)))
+        return {s.label: np.asarray(s.centre) for s in scene.shapes if isinstance(s, Circle) and s.label}, scene.shapes
+
+    for pole, upright in ((cartpole_swingup, [0.3, np.pi, 0, 0]), (cartpole_balance, [0.3, 0, 0, 0])):
+        length = 2 * pole.Env().half_length
+        np.testing.assert_allclose(shapes(pole, upright)[0]["tip"], [0.3, length], atol=1e-5)
+        np.testing.assert_allclose(shapes(pole, upright, half_length=1.0)[0]["tip"], [0.3, 2.0], atol=1e-5)
+    fallen = shapes(cartpole_swingup, [0.3, np.pi + 0.5, 0, 0])[0]["tip"][0] - 0.3
+    env = cartpole_swingup.Env()
+    assert np.sign(fallen) == np.sign(env.place(jnp.float32([0, np.pi + 0.5, 0, 0]))[0]) > 0
+    right = shapes(cartpole_balance, [0, 0, 0.2, 0])[0]["tip"]
+    assert right[0] > 0.1
+    arms = next(np.asarray(s.points) for s in shapes(planar_drone_wind, [0, 5, 0.5, 0, 0, 0])[1]
+                if isinstance(s, Line) and s.width == 3)
+    thrust = np.asarray(planar_drone_wind.Env().thrust(jnp.float32([0, 5, 0.5, 0, 0, 0]), jnp.ones(2)))[:2] + [0, 9.81]
+    assert abs(thrust @ (arms[1] - arms[0])) < 1e-5 and thrust[0] > 0 and arms[0][1] > arms[1][1]
 
 
 def test_the_pendulum_hangs():
