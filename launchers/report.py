@@ -76,17 +76,16 @@ def adopt(folder: pathlib.Path, name: str | None) -> tuple[str, dict]:
 
 def command_of(provenance: dict, path: pathlib.Path) -> tuple[str, list[str], str]:
     """(launcher, its arguments without the folder, the file of the config)."""
-    words = provenance.get("command")
-    if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+    argv = provenance.get("command")
+    if not isinstance(argv, list) or not argv or not all(isinstance(arg, str) for arg in argv):
         raise UserError(f"{path} does not say which command made the run")
-    flags = " ".join(words[1:])
-    config = re.search(r"--?config[= ](\S+)", flags)
-    launcher = pathlib.Path(words[0]).stem
+    config = re.search(r"--?config[= ](\S+)", " ".join(argv[1:]))
+    launcher = pathlib.Path(argv[0]).stem
     if config is None or not (cli.ROOT / "launchers" / f"{launcher}.py").is_file():
         raise UserError(f"{path}: the run was not made by a launcher with --config, so nobody can repeat it from a row")
     where = r"--?(workdir=.*|resume|noresume|resume=.*)"  # neither changes a number
-    args = [word for word, last in zip(words[1:], words, strict=False)
-            if not re.fullmatch(where, word) and "workdir" not in (word.lstrip("-"), last.lstrip("-"))]
+    args = [arg for arg, last in zip(argv[1:], argv, strict=False)
+            if not re.fullmatch(where, arg) and "workdir" not in (arg.lstrip("-"), last.lstrip("-"))]
     return launcher, args, config[1]
 
 
