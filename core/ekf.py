@@ -15,12 +15,13 @@ A belief is one of three forms with the same methods, so that they can be exchan
     Diagonal   P = diag(var)                     VD-EKF (Chang et al., 2022): the best diagonal precision; O(n d²)
     LowRank    P⁻¹ = diag(precision) + W W'      LO-FI (Chang et al., 2023, arXiv:2305.19535), W [n, r]; O(n (r + d)²)
 
-The last-layer form is any of them over the parameters of the last layer alone, `h` closing over the features
-(`Full.create(params["Dense_2"], 1.0)`, `lambda head: net({**params, "Dense_2": head}, x)`): `h` is then linear and
-`Full` is exact. Everything is a pure function of arrays: jit, vmap and scan freely.
+Any of them can be a belief about the last layer of a network alone: `Full.create(params["Dense_2"], 1.0)` with
+h = `lambda head: net({**params, "Dense_2": head}, x)`. Then h is linear and `Full` is exact. All functions here
+are pure.
 
-Where h is not linear, tangents at moving estimates disagree, and certainty leaks into directions that no observation
-shows: of y = θ_0 θ_1, an EKF believes to know the ratio (tests/test_ekf.py). Parametrise without such directions.
+Where h is not linear, the Jacobians at two estimates differ, and the variance shrinks in directions that no observation
+tells anything about. Example: y = θ_0 θ_1 says nothing about the ratio θ_0 / θ_1, and yet its variance shrinks
+(tests/test_ekf.py). Choose parameters without such directions.
 """
 import dataclasses
 import math
@@ -47,7 +48,7 @@ class Unravel:
 
 
 class Info(NamedTuple):
-    """What an observation said about the belief before it arrived."""
+    """How well the belief before an observation predicted it."""
 
     innovation: jax.Array  # [d], ν
     nis: jax.Array  # ν' S⁻¹ ν, d on average
@@ -75,12 +76,12 @@ class Full(struct.PyTreeNode):
         return jnp.diagonal(self.cov, axis1=-2, axis2=-1)
 
     def predict(self, decay: jax.Array | float = 1.0, noise: jax.Array | float = 0.0) -> "Full":
-        """P⁻ = γ² P + diag(noise), `noise` a number or [n]: any schedule is a value per call."""
+        """P⁻ = γ² P + diag(noise), `noise` a number or [n]."""
         noise = jnp.broadcast_to(jnp.asarray(noise, self.mean.dtype), self.mean.shape)
         return self.replace(mean=decay * self.mean, cov=decay**2 * self.cov + jnp.diag(noise))
 
     def forget(self, factor: jax.Array | float, max_trace: jax.Array | float) -> "Full":
-        """P⁻ = P / factor. Without excitation this grows without bound: it stops where tr P reaches `max_trace`."""
+        """P⁻ = P / factor. What is not observed would grow without bound, so tr P stops at `max_trace`."""
         return self.replace(cov=self.cov * inflation(self, factor, max_trace))
 
     def times(self, H: jax.Array) -> jax.Array:
@@ -197,19 +198,18 @@ def linearize(h: Callable[[Any], jax.Array], belief: Belief, mean: jax.Array) ->
 def update(
     belief: Belief, h: Callable[[Any], jax.Array], obs: jax.Array, R: jax.Array, num_iterations: int = 1
 ) -> tuple[Belief, Info]:
-    """Condition on y = h(θ) + v. `R`: variances [d] or covariance [d, d] of v; infinite variance = not observed.
+    """Condition on y = h(θ) + v, `obs` y [d]. `R`: variances [d] or covariance [d, d] of v; a component of infinite
+    variance is not observed.
 
-    `obs` [..., d] with leading axes is a batch with independent v, linearised together and absorbed as one observation.
     With `num_iterations` > 1 (iterated EKF, Bell & Cathey, 1993) h is linearised again at the new mean m_i, and the
-    *prior* conditioned again on y − h(m_i) − H_i (m⁻ − m_i): the observation counts once. Each of these Gauss-Newton
-    steps is halved until it lowers what it is to minimise, |y − h(m)|²_R⁻¹ + |m − m⁻|²_P⁻¹; with a linear h none is.
+    *prior* is conditioned again on y − h(m_i) − H_i (m⁻ − m_i): the observation counts once. Each of these Gauss-Newton
+    steps is halved until it lowers the cost |y − h(m)|²_R⁻¹ + |m − m⁻|²_P⁻¹. A linear h needs no halving.
     """
-    R = stack_noise(R, obs.size // R.shape[0])
-    obs, prior = obs.reshape(-1), belief.mean
+    prior = belief.mean
 
     def gauss_newton(point):
         pred, H = linearize(h, belief, point)
-        return solve(belief, H, obs - pred - H @ (prior - point), R)
+        return condition(belief, H, obs - pred - H @ (prior - point), R)
 
     posterior, info, pull = gauss_newton(prior)
     if num_iterations == 1:
@@ -236,13 +236,8 @@ def update(
     return posterior.replace(mean=mean), info
 
 
-def condition(belief: Belief, H: jax.Array, innovation: jax.Array, R: jax.Array) -> tuple[Belief, Info]:
-    """The update for known H [d, n] and innovation [d]: a linear model needs no more."""
-    return solve(belief, H, innovation, R)[:2]
-
-
-def solve(belief: Belief, H: jax.Array, innovation: jax.Array, R: jax.Array) -> tuple[Belief, Info, jax.Array]:
-    """`condition`, and H' S⁻¹ ν [n] = P⁻¹ (m⁺ − m⁻), with S = H P H' + R."""
+def condition(belief: Belief, H: jax.Array, innovation: jax.Array, R: jax.Array) -> tuple[Belief, Info, jax.Array]:
+    """The update for H [d, n] and ν [d], where S = H P H' + R; and H' S⁻¹ ν [n] = P⁻¹ (m − m⁻)."""
     d, n = H.shape
     white, log_std = whiten(R, jnp.concatenate([H, innovation[:, None]], axis=1))
     H, nu = white[:, :n], white[:, n:]
@@ -274,7 +269,7 @@ def adapt_noise(noise: jax.Array, pred: Belief, posterior: Belief, rate: float) 
 
 
 def nis_band(d: int, count: np.ndarray, coverage: float = 0.95) -> list[np.ndarray]:
-    """Where the mean of `count` NIS of d observations each lies if the belief is right: their sum is χ²(count · d)."""
+    """The interval of the mean of `count` NIS of d components if the belief is right: their sum is χ²(count · d)."""
     from scipy.stats import chi2  # here, because importing it takes half a second
 
     return [chi2.ppf(p, count * d) / count for p in ((1 - coverage) / 2, (1 + coverage) / 2)]
@@ -283,14 +278,15 @@ def nis_band(d: int, count: np.ndarray, coverage: float = 0.95) -> list[np.ndarr
 def information(
     cov: jax.Array, H: jax.Array, R: jax.Array, task: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Nats [...] that observing H θ + v will bring, and the covariance [n, n, ...] that it will leave.
+    """Nats [...] that observing H θ + v will bring, and the covariance [n, n, ...] after it.
 
         I(θ; y)    = ½ log det(I + R⁻¹ H P H') = ½ Σ_i log1p(pivot_i)
         I(g'θ; y)  = −½ log(g' P⁺ g / g' P g)         about the one direction g = `task` [n, ...] that matters
 
     `cov` [n, n] or [n, n, ...], `H` [d, n, ...], `R` [d] or [d, d]. The batch (a planner's samples) is *last*, on the
     minor axis, and every operation runs along it. Carried through a scan over the horizon, the covariance gives the
-    joint information by the chain rule; left alone, the independent one, and what computes it is not compiled.
+    joint information by the chain rule. A caller that ignores it gets the independent one, and its program does not
+    compute the covariance.
     Where only f(θ) [k] enters an observation F f + v, H = ∂f/∂θ and R = (F' R⁻¹ F)⁻¹ [k, k] say the same in k rows;
     where θ enters f only through G(θ), so do H = ∂f/∂G and cov = ∂G/∂θ P (∂G/∂θ)', which is found once per plan.
     """
@@ -348,11 +344,6 @@ def whiten(R: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         return x * jax.lax.rsqrt(R).reshape(-1, *[1] * (x.ndim - 1)), 0.5 * jnp.log(R).sum()
     root, pivots = eliminate(R, jnp.eye(R.shape[0], dtype=R.dtype), 0.0)
     return jnp.tensordot(root, x, 1), 0.5 * jnp.log(pivots).sum()
-
-
-def stack_noise(R: jax.Array, batch: int) -> jax.Array:
-    """Noise of `batch` independent observations, stacked: [d] -> [batch d], [d, d] -> [batch d, batch d]."""
-    return jnp.tile(R, batch) if R.ndim == 1 else jnp.kron(jnp.eye(batch, dtype=R.dtype), R)
 
 
 def gram(A: jax.Array) -> jax.Array:

@@ -185,7 +185,7 @@ def test_predicted_information_is_what_the_update_then_realises():
     cov, H, R = (jnp.asarray(x) for x in problem(6, 2, 1, 1))
     belief = ekf.Full.create(jnp.zeros(6), 1.0).replace(cov=cov)
     nats, left = information(cov, H[0, ..., 0], R)
-    posterior, info = jax.jit(ekf.condition)(belief, H[0, ..., 0], jnp.ones(2), R)
+    posterior, info, _ = jax.jit(ekf.condition)(belief, H[0, ..., 0], jnp.ones(2), R)
     np.testing.assert_allclose(info.information, nats, rtol=1e-10)
     np.testing.assert_allclose(posterior.cov, left, atol=1e-10)
     np.testing.assert_allclose(nats, 0.5 * (log_det(cov) - log_det(posterior.cov)), rtol=1e-10)
