@@ -4,11 +4,13 @@ BIN = .venv/bin
 
 .PHONY: demo test slow errors lint clean
 
-# Dual control of 32 pursuers with hidden costs: told the truth, learning from what they see, and acting to learn.
+# Dual control of 32 pursuers with hidden costs: the agent knows the cost, learns it, or acts to learn it. The filter
+# expects the noise that there is: obs_var = process_noise².
 demo: RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
-demo: PURSUIT = $(BIN)/python -m launchers.train --config=configs/ekf_lqr_pursuit.py --num_seeds=32 --devices=2
+demo: PURSUIT = $(BIN)/python -m launchers.train --config=configs/ekf_lqr_pursuit.py --num_seeds=32 --devices=2 \
+  --config.env_kwargs.process_noise=0.1 --config.obs_var=0.01
 demo: .venv/ready
-	$(PURSUIT) --workdir=$(RUN)/perfect --config.knowledge=perfect
+	$(PURSUIT) --workdir=$(RUN)/perfect --config.env_kwargs.reveal=True
 	$(PURSUIT) --workdir=$(RUN)/passive
 	$(PURSUIT) --workdir=$(RUN)/active --config.explore=independent --config.info_weight=5
 	$(BIN)/python -m launchers.compare --runs=$(RUN)/perfect,$(RUN)/passive,$(RUN)/active
