@@ -1,6 +1,6 @@
 """iCEM online: plan with a model that a Kalman filter fits to every new transition of the episode.
 
-    u  = u_1 of the plan u_1:H with the least Σ_k c(x_k, u_k, x_{k+1}) + c_H(x_{H+1}),        act, Agent.search
+    u  = u_1 of the plan u_1:T with the least Σ_k c(x_k, u_k, x_{k+1}) + c_T(x_{T+1}),          act, Agent.search
          x_1 = x,  x_{k+1} = x_k + σ g(m; z_k);  iCEM starts from the plan of the step before   Agent.predict
     y  = (x' − x) / σ = g(θ; z) + v,  v ~ N(0, R)      what the transition says about θ         observe, Agent.learn
     m⁻ = m,  P⁻ = (P + q I) / λ                        drift q, forgetting λ
@@ -8,9 +8,8 @@
     m  = m⁻ + K (y − g(m⁻; z)),  P = (I − K H) P⁻
     R <- R + ρ (e² + diag(H P H') − R),  q <- max(q + ρ mean((m − m⁻)² + diag(P − P⁻)), 0)      ekf.adapt_R, adapt_noise
 
-    x state (D,), u action (A,), x' true successor; c, c_H costs of the environment; z = (features(x), u), standardised;
-    σ scale of changes (D,); θ the n weights that learn, ~ N(m, P); e = y − g(m; z); ρ noise_rate.
-
+    x state (D,), u action (A,), x' true successor; c, c_T costs of the environment, T horizon; z = (features(x), u),
+    standardised; σ scale of changes (D,); θ the n weights that learn, ~ N(m, P); e = y − g(m; z); ρ noise_rate.
     model="mlp"         g is a network: the file `pretrained`, or random weights
     model="physics"     g = (f(θ; x, u) − x) / σ, f the environment's equations, θ its hidden Params, σ = 1
     adapt               θ is all weights, or those of the last layer, in which g is linear: with a full P the filter is
@@ -23,11 +22,12 @@ Papers: iCEM (Pinneri et al., 2020, arXiv:2008.06389; pseudo-code in core/planni
 2022; 2023, arXiv:2305.19535), `num_linearizations` > 1 (Bell & Cathey, 1993). Departures: that a filtered network plans
 is ours. A plan uses m, not P. The cheapest sample exploits the error of a network, so the first action of the elites'
 mean is executed; with exact equations, that of the cheapest sample. λ acts only while tr P < 10 tr P_0.
-Episodes: a transition that ends one, by a fall or by the clock, is learnt from too; then the carry starts again. The
-planner does not know that episodes end. Random: first weights, samples (act_key, split by environment), environment.
-Kept: `Run` is the checkpoint; its `carry` changes at every step, its `agent` never. Decides: drift_var, prior_var (too
-small: no learning after a jump; too large: the model forgets), adapt, horizon. Cost: a step simulates `num_samples`
-plans of `horizon` steps, `num_iterations` times: that dominates; the filter is O(n² D) with a full P.
+Reads of the environment: action_space, cost, terminal_cost; features if there are any; guess and dynamics for physics.
+Episodes: the transition that ends one, by a fall or by the clock, is learnt from; then `carry` starts again. A plan does
+not know that episodes end. Random: first weights, samples (act_key, split by environment), the environment (env_key).
+Kept: `Run` is the checkpoint; `carry` changes at every step, `agent` never. Decides: drift_var, prior_var (too small: no
+learning after a jump; too large: the model forgets), adapt, horizon. Cost: at every step about num_iterations ·
+num_samples plans of `horizon` steps are simulated, and that dominates; the filter is O(n² D) with a full P.
 Expect: configs/adapt_cartpole.py: 169 [145, 173] of at most 183, 32 seeds, 2 ms a step and seed on two CPU cores.
 """
 import functools
