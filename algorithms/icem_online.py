@@ -22,9 +22,9 @@ Papers: iCEM (Pinneri et al., 2020, arXiv:2008.06389; pseudo-code in core/planni
 2022; 2023, arXiv:2305.19535), `num_linearizations` > 1 (Bell & Cathey, 1993). Departures: that a filtered network plans
 is ours. A plan uses m, not P. The cheapest sample exploits the error of a network, so the first action of the elites'
 mean is executed; with exact equations, that of the cheapest sample. λ acts only while tr P < 10 tr P_0.
-Reads of the environment: action_space, cost, terminal_cost; features if there are any; guess and dynamics for physics.
-Episodes: the transition that ends one, by a fall or by the clock, is learnt from; then `carry` starts again. A plan does
-not know that episodes end. Random: first weights, samples (act_key, split by environment), the environment (env_key).
+Reads of the environment: action_space, cost, terminal_cost; features if there are any; for physics guess, dynamics.
+Episodes: the transition that ends one, by a fall or by the clock, is learnt from; then `carry` starts again. A plan
+ignores ends. Random: first weights, samples (act_key, split by environment), the environment (env_key).
 Kept: `Run` is the checkpoint; `carry` changes at every step, `agent` never. Decides: drift_var, prior_var (too small: no
 learning after a jump; too large: the model forgets), adapt, horizon. Cost: at every step about num_iterations ·
 num_samples plans of `horizon` steps are simulated, and that dominates; the filter is O(n² D) with a full P.
