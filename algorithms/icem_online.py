@@ -24,7 +24,7 @@ is ours. A plan uses m, not P. The cheapest sample exploits the error of a netwo
 mean is executed; with exact equations, that of the cheapest sample. λ acts only while tr P < 10 tr P_0.
 Reads of the environment: action_space, cost, terminal_cost; features if there are any; for physics guess, dynamics.
 Episodes: the transition that ends one, by a fall or by the clock, is learnt from; then `carry` starts again. A plan
-does not know of ends. Random: the first weights, the samples (act_key, split by environment), the environment (env_key).
+does not know of ends. Random: first weights, samples (act_key, split by environment), the environment (env_key).
 Kept: `Run` is the checkpoint; `carry` changes at every step, `agent` never. Decides: drift_var, prior_var (too small:
 no learning after a jump; too large: the model forgets), adapt, horizon. Cost: a step simulates about num_iterations ·
 num_samples plans of `horizon` steps, and that dominates; the filter is O(n² D) with a full P.
