@@ -83,7 +83,7 @@ PLANTED_ERRORS = {
         "core/ekf.py", "self.var * jnp.square(H).sum(axis=0)", "self.var * jnp.abs(H).sum(axis=0)",
         "test_diagonal_keeps_the_diagonal_of_the_exact_precision"),
     "low rank keeps the shortest": (
-        "core/ekf.py", "jnp.linalg.eigh(wide.T @ wide)[1]", "jnp.linalg.eigh(-wide.T @ wide)[1]",
+        "core/ekf.py", "eigenvectors(wide.T @ wide)", "eigenvectors(-wide.T @ wide)",
         "test_low_rank_keeps_the_longest_directions_and_the_diagonal"),
     "low rank drops the rest": (
         "core/ekf.py", "self.precision + jnp.square(dropped).sum(axis=1)", "self.precision",
