@@ -159,7 +159,7 @@ class Agent(struct.PyTreeNode):
         if config.learn and config.noise_rate:
             carry = carry._replace(R=ekf.adapt_R(carry.R, after, error, zero, config.noise_rate),
                                    drift_var=ekf.adapt_noise(carry.drift_var, before, after, config.noise_rate))
-        return carry._replace(belief=after) if config.learn else carry
+        return carry._replace(belief=after)  # with P = 0 it is the belief before
 
 
 def read_params(path, like):  # -> weights and scaling; their names and shapes must be those of `like`

@@ -140,8 +140,6 @@ class Agent(struct.PyTreeNode):
         carry = carry._replace(report=dict(
             error=jnp.sqrt(jnp.square(info.innovation).mean()), nll=-info.log_lik, nis=info.nis,
             covered=1.0 * (info.nis < ekf.nis_band(zero.size, 1, 0.9)[1])))  # 0.95 on average if the belief is right
-        if not config.learn:
-            return carry
         belief, _ = jax.lax.scan(lambda belief, row: (absorb(belief, row)[0], None), self.prior(), window)
         return carry._replace(belief=belief, window=window)
 

@@ -38,8 +38,6 @@ PLANTED_ERRORS = {  # and the test that has to notice
     "half of the band": (ICEM, "nis_band(zero.size, 1, 0.9)", "nis_band(zero.size, 1, 0.5)", FILTER),
     "one linearisation": (ICEM, "carry.R, config.num_linearizations)", "carry.R)",
                           "test_physics_is_linearised_as_often_as_told"),
-    "a frozen model learns": (ICEM, "return carry._replace(belief=after) if config.learn else carry",
-                              "return carry._replace(belief=after)", FROZEN),
     "a frozen model doubts": (ICEM, "ekf.Diagonal.create(self.theta(), 0.0)",
                               "ekf.Diagonal.create(self.theta(), self.config.prior_var)", FROZEN),
     "inputs not centred": (ICEM, ' - self.scaling["centre"]) / self.scaling["spread"]', ') / self.scaling["spread"]',

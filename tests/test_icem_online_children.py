@@ -43,7 +43,6 @@ PLANTED_ERRORS = {
     "refit starts from what it learnt": (REFIT, "self.prior(), window)", "carry.belief, window)", WINDOW),
     "a refit that forgets the newest": (REFIT, "jnp.concatenate([old[1:], new[None]])",
                                         "jnp.concatenate([new[None], old[1:]])", WINDOW),
-    "a frozen model is refitted": (REFIT, "if not config.learn:", "if False:", WINDOW),
 }
 
 
