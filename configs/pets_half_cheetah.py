@@ -1,5 +1,5 @@
-"""HalfCheetah of MuJoCo, simulated on the host: a fit every 1,000 steps, the length of an episode. The planner knows the
-speed at the end of a step; the environment pays the mean speed over the step."""
+"""HalfCheetah of MuJoCo, simulated on the host: a fit every 1,000 steps, the length of an episode. The planner knows
+the speed at the end of a step; the environment pays the mean speed over the step."""
 from algorithms import pets
 
 
