@@ -72,6 +72,8 @@ def define_flags(function):
             continue
         kind = next((k for k in typing.get_args(kind) if k is not type(None)), kind) if kind not in makers else kind
         makers[kind](name, default, text)
+    for name in names:  # so that --help lists them
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
     kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
     return names, inspect.Parameter.VAR_POSITIONAL in kinds
 

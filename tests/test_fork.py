@@ -48,6 +48,8 @@ PLANTED_ERRORS = {
     "innermost function only": (FILE, "names = [match[1], *names] if match", "names = [match[1]] if match"),
     "siblings are scopes": (FILE, "if depth < indent:", "if depth <= indent:"),
     "long lines whole": (FILE, "if len(line) <= width:", "if True:"),
+    "help without flags": ("launchers/cli.py", "    for name in names:  #", "    for name in []:  #",
+                           "test_help_lists_the_flags"),
     "one name is enough": (FILE, "len(names) == 2", "names"),
 }
 
@@ -264,10 +266,10 @@ def test_a_fork_of_every_method_is_about_itself(house, parent):
     assert list(fork.difference("my_idea")) == [f" algorithms/my_idea.py has the code of its parent {parent}.py"]
 
 
-def launch(root, *command):
+def launch(root, *command, status=0):
     done = subprocess.run([sys.executable, "-m", *command], cwd=root, env=os.environ | {"PYTHONPATH": str(root)},
                           capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == status, done.stdout + done.stderr
     return done.stdout
 
 
@@ -276,6 +278,10 @@ def test_a_fork_trains(house):
     assert "    python -m launchers.train --config=algorithms/my_idea.py --smoke" in said.splitlines()
     launch(house, "launchers.train", "--config=configs/my_idea_cartpole.py", "--smoke", "--workdir=run")
     assert json.loads((house / "run" / "summary.json").read_text())["algorithm"] == "my_idea"
+
+
+def test_help_lists_the_flags():
+    assert "--diff: A fork: print the code in which" in launch(ROOT, "launchers.fork", "--help", status=1)
 
 
 @pytest.mark.slow
