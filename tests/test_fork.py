@@ -285,6 +285,7 @@ def test_help_lists_the_flags():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("parent", ALGORITHMS)
 def test_the_tests_of_a_fork_pass(house, parent):
     fork.fork(parent, "my_idea")
