@@ -35,7 +35,7 @@ class Writer:
 
     def __init__(self, folder: pathlib.Path, every: float = 0.0, keep: int = 2):
         """`every`: seconds between two checkpoints at least. Where a copy takes long they are rarer: it takes at most
-        one part in 20 of the time."""
+        one part in 20 of the time. 0: whenever there is something new."""
         self.folder, self.every, self.keep = pathlib.Path(folder), every, keep
         self.thread, self.pending = concurrent.futures.ThreadPoolExecutor(1), None
         self.saved_at, self.paused = time.perf_counter(), 0.0
@@ -47,7 +47,7 @@ class Writer:
     @property
     def free(self) -> bool:
         """Whether another copy would keep the pauses below one part in 20."""
-        return time.perf_counter() - self.saved_at >= 19 * self.paused
+        return self.every == 0 or time.perf_counter() - self.saved_at >= 19 * self.paused
 
     def save(self, step: int, tree: Any, meta: dict) -> None:
         began = time.perf_counter()
@@ -87,7 +87,7 @@ def restore(path: pathlib.Path, like: Any, needed: Any = None) -> tuple[Any, dic
     leaves, treedef = jax.tree.flatten_with_path(like)
     needed = [True] * len(leaves) if needed is None else jax.tree.leaves(needed)
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
             meta = json.loads(stored[META].tobytes())
             if missing := [name for path_of, _ in leaves if (name := name_of(path_of)) not in stored.files]:
                 raise UserError(f"{path} was written by another version of this algorithm: it has no {missing[0]}")
@@ -112,7 +112,7 @@ def restore_newest(folder: pathlib.Path, like: Any, needed: Any = None) -> tuple
 
 def read_meta(path: pathlib.Path) -> dict:
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
             return json.loads(stored[META].tobytes())
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DamagedCheckpoint(f"checkpoint {path} is damaged: {' '.join(str(error).split())}") from error

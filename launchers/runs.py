@@ -57,9 +57,11 @@ def read_by_acting(algorithm, like, env):
 
     with jax.debug_key_reuse(False):
         jaxpr = jax.make_jaxpr(episode)(run, jax.random.key(0)).jaxpr
-    variables = [*jaxpr.outvars, *(variable for eqn in jaxpr.eqns for variable in eqn.invars)]
-    read = {id(variable) for variable in variables}
-    flags = [id(variable) in read for variable in jaxpr.invars[:-1]]
+    used = {id(variable) for variable in jaxpr.outvars}
+    for eqn in reversed(jaxpr.eqns):
+        if used & {id(variable) for variable in eqn.outvars}:
+            used |= {id(variable) for variable in eqn.invars}
+    flags = [id(variable) in used for variable in jaxpr.invars[:-1]]
     return jax.tree.unflatten(jax.tree.structure(like), flags)
 
 

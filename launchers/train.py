@@ -170,6 +170,8 @@ def programs(algorithm, config, num_seeds, eval_seed, source):
 
 def compile_job(algorithm, config, seeds, eval_seed, num_devices):
     (clock, iteration), source = cli.iteration_of(config), cli.source_of(config)
+    if config[clock] - config.get("random_steps", 0) < iteration:
+        raise UserError(f"{clock} = {config[clock]} leaves no iteration, which takes {iteration}")
     if getattr(source, "on_host", False) and num_devices > 1:
         raise UserError(f'environment "{config.env}" runs on the host: --devices=1')
     mesh = jax.make_mesh((num_devices,), ("devices",), axis_types=(AxisType.Auto,), devices=jax.devices()[:num_devices])
@@ -241,8 +243,6 @@ def fit(job, state, folder, logger, save_every, chunk):
     clock = int(np.asarray(getattr(job.whole(run.clock), job.clock)).max())
     budget = config[job.clock] - (clock - i * job.iteration)  # less what was taken before the first iteration
     iterations, alone = budget // job.iteration, jax.process_count() == 1
-    if iterations < 1:
-        raise UserError(f"{job.clock} = {config[job.clock]} leaves no iteration, which takes {job.iteration}")
     evaluations = stops_of(iterations, budget / config.eval_every)
     rows = sorted({*evaluations, *stops_of(iterations, budget / config.get("log_every", config.eval_every))})
     seeds = totals[1].shape[0]
