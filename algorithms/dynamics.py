@@ -18,7 +18,8 @@ Episodes: an end is learnt from like any other step, with the true successor. Ra
 (init), minibatches (train_step), windows (measure). Kept: `Run` is the checkpoint, the data are not in it.
 Decides: updates, lr, the number and the variety of the episodes. Cost: an update is one pass forwards and one backwards
 over `batch_size` transitions; a measurement passes over the whole data set.
-Expect: EXPECT
+Expect: holdout_error 0.017, rollout_error 0.19 on the data of configs/icem_online_linear.py (100 episodes, 10,000
+transitions) after 10,000 updates, one seed, 4 s on two CPU cores.
 """
 import pathlib
 from typing import Any, NamedTuple
@@ -92,6 +93,7 @@ class Agent(struct.PyTreeNode):
         loss = jnp.square(self.errors(batch, params)).sum(-1).mean()
         return loss, dict(loss=loss)
 
+
 class Run(NamedTuple):
     agent: Agent
     order: jax.Array  # (N,) all transitions, those that the network learns from first
@@ -111,7 +113,7 @@ def init(key, source, config):
 def draw_holdout(key, data, share):
     """(N,) whether the episode of a transition is held out: a `share` of the episodes, at least one, but not all."""
     done = (data["terminated"] | data["truncated"]).at[-1].set(True)
-    episode, count = jnp.cumsum(done) - done, done.sum()  # (N,) number of the episode
+    episode, count = jnp.cumsum(done) - done, done.sum()  # (N,) its number
     luck = jnp.where(jnp.arange(len(done)) < count, jax.random.uniform(key, done.shape), jnp.inf)  # of every episode
     number = jnp.clip(jnp.round(share * count).astype(int), 1, count - 1)
     return luck[episode] < jnp.sort(luck)[number]
@@ -127,8 +129,7 @@ def train_step(run, key, source, config):
 
 def measure(run, key, source, config):
     held_out = jnp.ones(source.size, bool).at[run.order].set(jnp.arange(source.size) >= run.num_trained)
-    names = ("obs", "action", "next_obs")
-    one = jax.tree.map(lambda leaf: leaf[:, None], {name: source.data[name] for name in names})
+    one = {name: source.data[name][:, None] for name in ("obs", "action", "next_obs")}
     square = jnp.square(jax.lax.map(run.agent.errors, one, batch_size=4096)).mean((1, 2))
     errors = dict(holdout_error=square.mean(where=held_out), train_error=square.mean(where=~held_out),
                   rollout_error=jnp.square(rollout_errors(run.agent, key, held_out, source)).mean())

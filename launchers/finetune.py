@@ -4,6 +4,8 @@
 """
 from typing import Any, Literal
 
+import ml_collections
+
 from core.errors import UserError
 from launchers import cli
 from launchers.train import train
@@ -31,7 +33,7 @@ def finetune(config, *, workdir: str | None = None, seed: int = 0, num_seeds: in
         raise UserError(f'algorithm "{config.algorithm}" cannot start from stored weights: it has no key "pretrained"')
     if not weights.exists():
         raise UserError(f"no weights in {weights}: run launchers.pretrain first")
-    config.pretrained = str(weights)
+    config = ml_collections.ConfigDict(config.to_dict() | dict(pretrained=str(weights)))
     return train(config, seed=seed, num_seeds=num_seeds, eval_seed=eval_seed, workdir=str(folder), resume=resume,
                  save_every=save_every, devices=devices, smoke=smoke, wandb=wandb)
 

@@ -68,7 +68,7 @@ PLANTED_ERRORS = {
                               "(dict(run=init(jnp.arange(num_seeds))), 0)", MODEL),
     "pretrain's section ignored": (PRETRAIN, "own[name] = value", "own[name] = own[name]", MODEL),
     "a finished model is trained again": (PRETRAIN, 'if (folder / "model.npz").exists():', "if False:", MISTAKE),
-    "finetune from nothing": (FINETUNE, "config.pretrained = str(weights)", "pass", STARTS),
+    "finetune from nothing": (FINETUNE, "config.to_dict() | dict(pretrained=str(weights))", "config.to_dict()", STARTS),
     "seeds of finetune": (FINETUNE, "num_seeds=num_seeds", "num_seeds=1", STARTS),
     "all of Minari is one episode": ("core/minari.py", "        begin = end\n", "",
                                      "test_minari_gives_back_what_was_put_into_it"),
