@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test slow errors lint clean
+.PHONY: demo test slow errors gpu lint clean
 
 # Dual control of 32 pursuers with hidden costs: the agent knows the cost, learns it, or acts to learn it. The filter
 # expects the noise that there is: obs_var = process_noise².
@@ -19,13 +19,17 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
 
 errors: .venv/ready
 	$(BIN)/python -m tests.plant_errors --all
+
+# Installs nothing, because there may be no network: .venv if it is there, else $(PYTHON), with jax[cuda12].
+gpu:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m tests.gpu
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -37,4 +41,4 @@ lint: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .pytest_cache runs

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from tests import plant_errors
+
 TOOL = pathlib.Path(__file__).with_name("plant_errors.py")
 FILE = "tests/plant_errors.py"
 PLANTED_ERRORS = {
@@ -18,6 +20,7 @@ PLANTED_ERRORS = {
     "not restored": (FILE, "        (folder / path).write_text(source)\n\n", "        pass\n\n"),
 }
 
+TABLES = sorted(path.name for path in TOOL.parent.glob("test_*.py") if "PLANTED_ERRORS" in path.read_text())
 CODE = "def double(x):\n    return 2 * x\n\n\ndef half(x):\n    return x / 2\n"
 TEST = """
 import calc
@@ -84,6 +87,18 @@ def test_tests_that_fail_anyway_prove_nothing(plant):
 def test_bad_entries_are_refused(plant, right, wrong, words):
     done, verdicts = plant(TEST.replace("2 * x", right).replace('"3 * x")', f'"{wrong}")'))
     assert done.returncode == 1 and not verdicts and words in done.stderr
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_fits_the_code(name):
+    table = plant_errors.read_table(TOOL.parent / name)
+    bad = {what: words for what, entry in table.items() if (words := plant_errors.complaint(*entry))}
+    text = (TOOL.parent / name).read_text()
+    for what, (_, right, wrong, *tests) in table.items():
+        assert right != wrong, what
+        for test in " ".join(tests).split():
+            assert f"def {test.split('[')[0]}(" in text, f"{what}: {name} has no {test}"
+    assert not bad
 
 
 def test_unknown_files_are_refused(plant):

@@ -1,0 +1,188 @@
+"""Copies draw numbers of their own: seeds, environments, agents, ensemble members, particles.
+
+A key that copies share is a valid program with a plausible result. So here copies meet the same observation, for ever:
+they differ by what they draw, or not at all.
+"""
+import dataclasses
+import functools
+import importlib
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from core.dataset import Dataset
+from core.envs import Batch, Box, TimeStep, hidden
+
+ROOT = pathlib.Path(__file__).parents[1]
+BATCH, OWN_KEYS = "core/envs/batch.py", "test_environments_and_seeds_act_on_their_own"
+SPLIT, SHARED = "jax.random.split(key, len(obs))", "jnp.broadcast_to(key, (len(obs),))"
+PLANTED_ERRORS = {
+    "environments reset alike": (BATCH, "jax.vmap(env.reset)(jax.random.split(key, num_envs))",
+                                 "jax.vmap(env.reset)(jnp.broadcast_to(key, (num_envs,)))",
+                                 "test_environments_and_seeds_start_and_step_on_their_own"),
+    "environments step alike": (BATCH, "jax.random.split(step_key, self.num_envs)",
+                                "jnp.broadcast_to(step_key, (self.num_envs,))",
+                                "test_environments_and_seeds_start_and_step_on_their_own"),
+    "ekf_lqr: environments plan alike": ("algorithms/ekf_lqr.py", SPLIT, SHARED, f"{OWN_KEYS}[ekf_lqr]"),
+    "pets: environments plan alike": ("algorithms/pets.py", SPLIT, SHARED, f"{OWN_KEYS}[pets]"),
+    "icem_online: environments plan alike": ("algorithms/icem_online.py", SPLIT, SHARED, f"{OWN_KEYS}[icem_online]"),
+    "ppo: one action for all": ("algorithms/ppo.py", "action = dist.sample(seed=act_key)",
+        "action = dist.mean() + (dist.sample(seed=act_key) - dist.mean())[:1]", f"{OWN_KEYS}[ppo]"),
+    "ippo: one noise for all agents": ("algorithms/ippo.py", "action = dist.sample(seed=act_key)",
+        "action = dist.mean() + (dist.sample(seed=act_key) - dist.mean())[:, :1]", f"{OWN_KEYS}[ippo]"),
+    "ippo: agents start alike": ("algorithms/ippo.py", 'split_rngs={"params": True}', 'split_rngs={"params": False}',
+                                 "test_networks_start_on_their_own[ippo]"),
+    "pets: one bootstrap for all members": ("algorithms/pets.py",
+        "jax.random.randint(key, (len(z), num_members), 0, len(z))",
+        "jax.random.randint(key, (len(z), 1), 0, len(z)).repeat(num_members, 1)",
+        "test_members_and_particles_of_pets_draw_on_their_own"),
+    "pets: particles share their noise": ("algorithms/pets.py", "jax.random.normal(noise_key, (H, P, 1, x.size))",
+        "jax.random.normal(noise_key, (H, 1, 1, x.size)).repeat(P, 1)",
+        "test_members_and_particles_of_pets_draw_on_their_own"),
+}
+SEEDS, ENVS, AGENTS, ITERATIONS = 2, 3, 2, 2
+
+
+class Params(NamedTuple):
+    gain: jax.Array
+
+
+class State(NamedTuple):
+    start: jax.Array  # drawn by the reset
+    noise: jax.Array  # (T,) drawn by every step
+    action: jax.Array  # (T, A) or (T, N, A)
+    t: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Witness:
+    """Its state keeps what was drawn and done. The observation is zero, whatever happens."""
+
+    agents: int = 0
+    reveal: bool = False
+    max_steps: int = 16
+    action_space = Box((-1.0,), (1.0,))
+    truth = guess = Params(jnp.float32(0.5))
+
+    @property
+    def num_agents(self):
+        return self.agents or None
+
+    @property
+    def shape(self):
+        return (self.agents, 1) if self.agents else (1,)
+
+    def start(self, key):
+        return jnp.zeros(1)
+
+    def reset(self, key):
+        action = jnp.zeros((self.max_steps, *self.shape))
+        return State(jax.random.normal(key), jnp.zeros(self.max_steps), action, 0), jnp.zeros(self.shape)
+
+    def step(self, key, state, action):
+        noise, done = state.noise.at[state.t].set(jax.random.normal(key)), state.action.at[state.t].set(action)
+        obs, never = jnp.zeros(self.shape), jnp.array(False)
+        step = TimeStep(obs, obs, jnp.zeros(self.shape[:-1]), never, never, {"params": self.truth})
+        return State(state.start, noise, done, state.t + 1), step
+
+    def dynamics(self, params, x, action):
+        return 0.5 * x + params.gain * action
+
+    def cost(self, x, action, next_x):
+        return jnp.square(action - 0.6).sum()
+
+    def terminal_cost(self, x):
+        return jnp.square(x).sum()
+
+    def unknown(self, about):
+        return hidden.unknown(self)
+
+
+def get_config(name):
+    config = importlib.import_module(f"algorithms.{name}").get_config()
+    sizes = dict(num_envs=ENVS, num_steps=min(3, config.get("num_steps", 0)), env_steps=64, random_steps=2 * ENVS,
+                 num_minibatches=1, num_epochs=1, num_updates=1, horizon=3, kept_elites=2, about="params", window=3,
+                 rollout_steps=2, hidden_dims=(4,))
+    config.update({key: size for key, size in sizes.items() if key in config})
+    if "planner" in config:
+        config.planner.update(num_samples=32, num_elites=4, num_iterations=1)
+    return ml_collections.FrozenConfigDict(config.to_dict())
+
+
+ALGORITHMS = sorted(path.stem for path in (ROOT / "algorithms").glob("*.py") if path.stem != "__init__")
+ACTING = [name for name in ALGORITHMS if "dataset" not in get_config(name)]
+
+
+@functools.cache
+def trained(name) -> tuple[Any, Any]:
+    """(runs [S, ...] before training, and after it)."""
+    algorithm, config = importlib.import_module(f"algorithms.{name}"), get_config(name)
+    source = Batch(Witness(AGENTS if name == "ippo" else 0), ENVS)
+    if "dataset" in config:
+        obs = jax.random.normal(jax.random.key(1), (12, 2))
+        ends = jnp.arange(12) % 4 == 3
+        source = Dataset.create(dict(obs=obs, action=obs[:, :1], reward=obs[:, 0], next_obs=obs, terminated=ends,
+                                     truncated=~ends & False), Box((-1.0,), (1.0,)))
+
+    @jax.vmap
+    def seed(key):
+        init_key, train_key = jax.random.split(key)
+        start = algorithm.init(init_key, source, config)
+        run, _ = jax.lax.scan(lambda run, key: (algorithm.train_step(run, key, source, config)[0], None),
+                              start, jax.random.split(train_key, ITERATIONS))
+        return start, run
+
+    with jax.debug_key_reuse(False):  # it misfires on a scan over keys under vmap
+        return jax.jit(seed)(jax.random.split(jax.random.key(0), SEEDS))
+
+
+def assert_all_differ(values):
+    assert len(np.unique(values)) == np.size(values) > 1
+
+
+def written(run):
+    """The states of all copies [S, E], with the steps that were taken."""
+    state = run.env_state.env
+    steps = int(state.t.max())
+    assert (np.asarray(state.t) == steps).all() and 0 < steps < Witness.max_steps
+    return state._replace(noise=state.noise[:, :, :steps], action=state.action[:, :, :steps])
+
+
+@pytest.mark.parametrize("name", ACTING)
+def test_environments_and_seeds_start_and_step_on_their_own(name):
+    state = written(trained(name)[1])
+    assert state.start.shape == (SEEDS, ENVS)
+    assert_all_differ(state.start)
+    assert_all_differ(state.noise)
+
+
+@pytest.mark.parametrize("name", ACTING)
+def test_environments_and_seeds_act_on_their_own(name):
+    """Agents of a game, too; and each acts anew at every step."""
+    assert_all_differ(written(trained(name)[1]).action)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_networks_start_on_their_own(name):
+    """No weight occurs twice: not in two seeds, members, agents or layers."""
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.flatten_with_path(trained(name)[0].agent)[0]}
+    weights = [leaf.ravel() for path, leaf in leaves.items()
+               if "opt_state" not in path and ("kernel" in path or "weight_" in path)]
+    if not weights:
+        pytest.skip("no networks")
+    assert_all_differ(np.concatenate(weights))
+
+
+def test_members_and_particles_of_pets_draw_on_their_own():
+    run = jax.tree.map(lambda x: x[0], trained("pets")[1])
+    rows = np.asarray(run.memory.data["bootstrap"])[: int(run.memory.size)]
+    members = {tuple(column) for column in rows.T}
+    assert len(members) == rows.shape[1] > 1
+    noise, order = run.agent.chance(jax.random.key(0), run.obs[0])
+    assert_all_differ(noise)
+    assert len({tuple(row) for row in np.asarray(order)}) > 1
