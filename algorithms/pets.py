@@ -3,7 +3,7 @@
     z  = (features(x), u),  z̃ = (z − m) / s            m, s: mean and deviation of z in memory     inputs, standardise
     x' = x + μ_b(z̃) + σ_b(z̃) ε,  ε ~ N(0, I)           member b of B                               Ensemble, predict
     L  = Σ_b mean_i Σ_d ((μ_b − Δ)² e^(−ℓ_b) + ℓ_b)    ℓ = log σ², Δ = x' − x; i: b's bootstrap    loss
-         + κ Σ_d (ℓ_max − ℓ_min) + ½ Σ_l λ_l |W_l|²    W_l: weights of layer l, without biases
+         + κ Σ_d (ℓ_max − ℓ_min) + ½ λ Σ_l |W_l|²      W_l: weights of layer l, without biases
     ℓ <- ℓ_max − softplus(ℓ_max − ℓ),  then  ℓ <- ℓ_min + softplus(ℓ − ℓ_min);  bounds are learnt  Ensemble
     J(u_1:H) = mean_p [Σ_t c(x_t^p, u_t, x_{t+1}^p) + c_H(x_{H+1}^p)]                              expected_cost
          All P particles start at x. Member b moves particles b P/B to (b + 1) P/B − 1, with the ε of their number.
@@ -30,10 +30,11 @@ Departures: a fit every num_steps steps (paper: after every episode); num_update
 (5 epochs); a bootstrap drawn once, from the new transitions (from all, at every fit); shared ε and permutations (new
 ones for each plan), so costs differ by actions only; `far` (a NaN costs 1e6); CEM without early stop; one λ (one for
 each layer). By default iCEM, two layers, fewer samples and particles; configs/pets_paper.py has the authors' numbers.
-Decides: horizon and c (a c that is flat until a fall teaches nothing); num_updates; num_samples and num_particles.
-Cost: planning dominates. One action evaluates a network samples x P x H times (12,125 by default: 20 ms on two CPU
-cores), one fit num_updates x B x batch_size times, with gradients (160,000: 3 s).
-Expect: configs/pets_cartpole.py
+Decides: num_steps, where episodes end early: a fit every 50 steps balances a pole after one fall, a fit every episode
+needs four. Samples: with the true model of the cart-pole 97 a step score 178, 2,000 score 182. horizon, num_updates.
+Cost: planning dominates. One action evaluates a network samples x P x H times (12,125 by default, about 20 ms on a CPU
+core); one fit num_updates x B x batch_size times (160,000), with gradients.
+Expect: configs/pets_cartpole.py: about 177 of 183 after 10 episodes; 40 s a seed on two CPU cores.
 """
 import functools
 import pathlib
