@@ -62,7 +62,8 @@ def test_each_seeds_team_meets_each_of_the_others():
 
 def test_without_opponents_there_is_no_cross_play():
     with pytest.raises(UserError, match="teams"):
-        play_all_pairs(PUSH, jnp.zeros(1), PUSH, jnp.zeros(1), SimpleNamespace(env=object(), num_envs=1), jax.random.key(0))
+        no_teams = SimpleNamespace(env=object(), num_envs=1)
+        play_all_pairs(PUSH, jnp.zeros(1), PUSH, jnp.zeros(1), no_teams, jax.random.key(0))
 
 
 @pytest.mark.parametrize("name", ["multi_agent_tracking", "pursuit_evasion"])

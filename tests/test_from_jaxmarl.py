@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from core.envs import Batch, Discrete, pursuit_evasion
+from core.envs import Batch, Discrete, make_env, pursuit_evasion
 from core.envs.from_jaxmarl import AsJaxMARL, Env
 from core.errors import UserError
 
@@ -81,6 +81,13 @@ def test_adapter_is_jaxmarl(name, kwargs):
         assert not ts.info["agent_done"].any()
     assert env.max_steps == 26
     assert first == (jax.tree.map(jnp.shape, state), jax.tree.map(lambda x: (x.dtype, x.weak_type), state))  # one trace
+
+
+def test_adversaries_are_a_team():
+    """And where there are none, there is one team alone, which needs no numbers."""
+    assert make_env("jaxmarl/MPE_simple_tag_v3", 1).env.teams == (0, 0, 0, 1)
+    for name in ("MPE_simple_spread_v3", "MPE_simple_speaker_listener_v4"):
+        assert not hasattr(make_env(f"jaxmarl/{name}", 1).env, "teams")
 
 
 def test_speaker_and_listener_are_padded_and_masked():

@@ -6,6 +6,8 @@ observation are a mask, 1 for each of the A actions (Discrete) or action compone
 observation the mask also belongs to the right episode after a reset, and reaches a policy wherever that is evaluated.
 A padded action component is ignored; an action number beyond an agent's own is taken for its last.
 
+JaxMARL does not say who plays against whom. In MPE the names do: adversaries are the first team, the others the second.
+
 JaxMARL knows only `done`. An end at the time limit is a truncation here, any other a termination. In some games an
 agent ends before the episode does (a unit dies): `info["agent_done"]` [N], which a time limit never sets.
 """
@@ -38,6 +40,9 @@ class Env:
         self.action_space = _common(name, self.spaces)
         widths = np.array([_width(space) for space in self.spaces])
         self.own = np.arange(widths.max())[None] < widths[:, None]  # [N, A] not padding
+        adversaries = [agent.startswith(("adversary", "leadadversary", "eve")) for agent in self.agents]
+        if 0 < sum(adversaries) < len(self.agents):
+            self.teams = tuple(int(not adversary) for adversary in adversaries)
         base = jaxmarl.environments.MultiAgentEnv
         self.forbids = type(self.env).get_avail_actions is not base.get_avail_actions
         self.masked = self.forbids or not self.own.all()
