@@ -177,7 +177,7 @@ class Agent(struct.PyTreeNode):
         def step(particles, now):
             (x, lost, total), (action, noise, order) = particles, now
             if self.config.propagation == "ts1":
-                x, lost, total = x[order], lost[order], total[order]
+                x = x[order]  # not lost and total: their mean does not depend on the order
             action = jnp.broadcast_to(action, (P, N, A))
             z = inputs(self.env, x, action).reshape(B, P // B * N, -1)
             lost = lost | ~(jnp.abs(self.standardise(z)) < self.config.far).all(-1).reshape(P, N)

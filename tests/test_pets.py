@@ -44,8 +44,6 @@ PLANTED_ERRORS = {  # and the test that has to notice
                                             ".reshape(P // B * N, B, -1).swapaxes(0, 1)", EQUATION),
     "TS1 is TSinf": (PETS, 'config.propagation == "ts1"', 'config.propagation == "ts2"', COST),
     "TSinf is TS1": (PETS, 'config.propagation == "ts1"', 'config.propagation != "ts2"', COST),
-    "costs keep their place": (PETS, "x[order], lost[order], total[order]", "x[order], lost[order], total", LOST),
-    "lost particles are found": (PETS, "x[order], lost[order], total[order]", "x[order], lost, total[order]", LOST),
     "dealt with replacement": (PETS, "jnp.argsort(jax.random.uniform(deal_key, (H, P)), axis=1)",
                                "jax.random.randint(deal_key, (H, P), 0, P)", COST),
     "one permutation": (PETS, "jax.random.uniform(deal_key, (H, P))",
