@@ -45,7 +45,7 @@ PLANTED_ERRORS = {  # and the test that has to notice
     "TS1 is TSinf": (PETS, 'config.propagation == "ts1"', 'config.propagation == "ts2"', COST),
     "TSinf is TS1": (PETS, 'config.propagation == "ts1"', 'config.propagation != "ts2"', COST),
     "dealt with replacement": (PETS, "jnp.argsort(jax.random.uniform(deal_key, (H, P)), axis=1)",
-                               "jax.random.randint(deal_key, (H, P), 0, P)", COST),
+                               "jax.random.randint(deal_key, (H, P), 0, P)", EQUATION),
     "one permutation": (PETS, "jax.random.uniform(deal_key, (H, P))",
                         "jnp.tile(jax.random.uniform(deal_key, (1, P)), (H, 1))", EQUATION),
     "particles without noise": (PETS, "jnp.exp(0.5 * log_var) * noise", "0 * noise", COST),
