@@ -169,10 +169,12 @@ def test_exploration_noise_is_in_half_widths_and_independent(collected):
 
 
 def test_a_trained_policy_collects(finetuned, tmp_path):
-    """Of a run, acting without noise: its action says how many steps of its own episode it has observed."""
+    """Without noise: its action says what it learnt, and how many steps of its own episode it has observed."""
     collect(config_of(collect=dict(action_noise=0.0)), workdir=str(tmp_path), run=str(finetuned / "finetune"), seed=1)
     data = Dataset.load(tmp_path / "collect/data.npz").data
-    np.testing.assert_allclose(data["action"][:, 0], data["obs"][:, 1], atol=1e-6)
+    weight = read_metrics(finetuned / "finetune")["weight"][-1, 0]
+    assert weight > 0.1
+    np.testing.assert_allclose(data["action"][:, 0], data["obs"][:, 1] + weight / 10, atol=1e-5)
     assert len(split_at_ends(data)) == 50
     assert json.loads((tmp_path / "collect/config.json").read_text())["run"] == str(finetuned / "finetune")
 

@@ -40,7 +40,7 @@ def initial_carry(run, num_envs):
 
 
 def act(run, carry, obs, key):
-    return carry, carry[:, None] / 20
+    return carry, carry[:, None] / 20 + run.weight / 10
 
 
 def observe(run, carry, step):
