@@ -107,14 +107,15 @@ def newest(folder):
 
 
 def test_an_episode_is_filmed_with_its_belief(folder, capsys):
-    """Two of them, as short as --set makes them."""
+    """Two of them, as short as --set makes them, in a box so small that the players leave it on different sides."""
     out = folder.with_name("a.gif")
-    returns = visualize(run=str(folder), out=str(out), height=200, set=["max_steps=12"], episodes=2)
+    returns = visualize(run=str(folder), out=str(out), height=200, set=["max_steps=12", "half_width=0.6"],
+                        episodes=2)
     assert "26 frames" in (printed := capsys.readouterr().out) and f"{returns[0]:.1f}"[:-1] in printed
     assert returns[0] != returns[1]
     frames = read(out)
-    assert frames.shape == (26, 200, 200 + 256 + 200, 3)
-    belief, arena = frames[:, :, -200:], frames[:, :, :200]
+    assert frames.shape[:2] == (26, 200) and frames.shape[2] != 200 + 256 + 200
+    belief, arena = frames[:, :, -200:], frames[:, :, :-456]
     assert all((belief[t] != belief[t + 1]).any() and (arena[t] != arena[t + 1]).any() for t in range(25))
     size = [extent(frame, render.PALETTE[1]) for frame in belief[:, 30:]]
     assert size[12] < size[0] == size[13]  # the belief has shrunk, and starts afresh
