@@ -48,7 +48,7 @@ def row(name, config, num_seeds, smoke, workdir):
         f"{summary['env_steps_per_second']:,.0f}", score), strict=True))
 
 
-def rows(workdir, smoke, get_config=get_config):
+def rows(workdir, smoke):
     for module in methods():
         yield row(module, get_config(module), 1, True, workdir)
     for module, num_seeds in SEEDS.items():

@@ -1,13 +1,13 @@
-"""Every config of configs/ trains, is evaluated and resumes; and what every file of the house has."""
+"""Every config of configs/ fits, every algorithm trains, resumes and is evaluated; and what each file has to have."""
 import ast
 import functools
 import importlib
 import importlib.util
-import json
 import pathlib
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
@@ -25,10 +25,10 @@ PLANTED_ERRORS = {
         'config[clock] = config.get("random_steps", 0) + 2 * iteration', "pass", "test_a_smoke_run_is_two_iterations"),
     "resume starts over": (TRAIN,
         'i, since, seconds, row, best = meta["iteration"]', "i, since, seconds, row, best = 0",
-        "test_a_config_trains_and_resumes[ppo_cartpole]"),
+        "test_an_algorithm_trains_resumes_and_is_evaluated[ppo]"),
 }
 
-SMALL = dict(num_steps=8, num_epochs=1, num_updates=2, random_steps=8, horizon=3, kept_elites=2)
+SMALL = dict(num_steps=8, num_epochs=1, num_updates=2, random_steps=8, horizon=3, kept_elites=2, num_linearizations=1)
 SMALL_PLANNER = dict(num_samples=8, num_elites=4, num_iterations=1)
 TIME_LIMIT = {"gymnax": "max_steps_in_episode", "jaxmarl": "max_steps", "gymnasium": "max_episode_steps"}
 
@@ -37,81 +37,86 @@ def names(folder):
     return sorted(path.stem for path in (ROOT / folder).glob("*.py") if path.stem != "__init__")
 
 
-CONFIGS, ALGORITHMS = names("configs"), names("algorithms")
-
-
-def get_config(name):
-    return importlib.import_module(f"configs.{name}").get_config()
-
-
-def small(name):
-    """The config with small networks and plans and short episodes: to compile takes most of the time here, and its
-    programs are the same but for the sizes and for the one iteration of a search."""
-    config = get_config(name)
-    source = config.env.split("/")[0] if "/" in config.env else None
-    if source == "gymnasium" and importlib.util.find_spec("mujoco") is None:
-        pytest.skip("no mujoco")
-    if source == "jaxmarl" and importlib.util.find_spec("jaxmarl") is None:
-        pytest.skip("no jaxmarl")
-    for section, sizes in ((config, SMALL), (config.get("planner", {}), SMALL_PLANNER)):
-        section.update({key: min(size, section[key]) for key, size in sizes.items() if key in section})
-    config.eval_episodes = 2
-    if "hidden_dims" in config:
-        config.hidden_dims = (8,) * len(config.hidden_dims)
-    with config.unlocked():
-        env_kwargs = dict(config.get("env_kwargs", {})) | {TIME_LIMIT.get(source, "max_steps"): 6}
-        if "jump_step" in env_kwargs:
-            env_kwargs["jump_step"] = 2
-        config.env_kwargs = env_kwargs
+def get_config(name, folder="configs"):
+    config = importlib.import_module(f"{folder}.{name}").get_config()
+    package = dict(gymnasium="mujoco", jaxmarl="jaxmarl").get(config.env.split("/")[0])
+    if package and importlib.util.find_spec(package) is None:
+        pytest.skip(f"no {package}")
     return config
 
 
-@pytest.fixture(scope="module")
-def quick():
-    """No picture, and equal programs are compiled once: those of a config and of its resume, or of one that differs
-    in its budget alone."""
-    compile_job, jobs = train.compile_job, {}
+CONFIGS, ALGORITHMS = names("configs"), names("algorithms")
 
-    @functools.wraps(compile_job)
-    def compile_once(algorithm, config, seeds, *rest):
-        key = json.dumps([cli.config_dict(config), seeds.tolist(), *rest])
-        if key not in jobs:
-            jobs[key] = compile_job(algorithm, config, seeds, *rest)
-        return jobs[key]._replace(run=jax.tree.map(jnp.copy, jobs[key].run))  # training reuses its memory
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "compile_job", compile_once)
-        patch.setattr(logging, "_curve", lambda *_: None)
-        yield
+def shrink(section, sizes):
+    section.update({key: min(size, section[key]) for key, size in sizes.items() if key in section})
+
+
+def small(config):
+    """A config with small networks and plans and short episodes. Its programs are the same but for the sizes and for
+    the one iteration of a search: to compile takes most of the time here."""
+    shrink(config, SMALL)
+    shrink(config.get("planner", {}), SMALL_PLANNER)
+    if "hidden_dims" in config:
+        config.hidden_dims = (8,) * len(config.hidden_dims)
+    config.eval_episodes = 2
+    limit = TIME_LIMIT[config.env.split("/")[0]] if "/" in config.env else "max_steps"
+    with config.unlocked():
+        config.smoke = {}
+        config.env_kwargs = dict(config.get("env_kwargs", {})) | {limit: 6}
+        if "jump_step" in config.env_kwargs:
+            config.env_kwargs.jump_step = 2
+    return config
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_config_trains_and_resumes(name, quick, tmp_path):
-    config = small(name)
-    summary = train.train(config, smoke=True, num_seeds=1, save_every=0.0, workdir=str(tmp_path))
-    for final in finals(summary):
-        assert np.isfinite(final["per_seed"]).all()
+def test_a_config_fits_its_algorithm_and_its_environment(name):
+    """With its own sizes, as shapes: nothing is compiled. A training step gives a run like the one it was given."""
+    config = get_config(name)
+    shrink(config, dict(num_linearizations=1))
+    shrink(config.get("planner", {}), dict(num_iterations=1))  # both are loops that would be traced many times
+    config = ml_collections.FrozenConfigDict(config.to_dict())
+    algorithm, source, key = cli.algorithm_of(config), cli.source_of(config), jax.random.key(0)
+    run = jax.eval_shape(functools.partial(algorithm.init, source=source, config=config), key)
+    after, _ = jax.eval_shape(functools.partial(algorithm.train_step, source=source, config=config), run, key)
+    assert jax.tree.structure(after) == jax.tree.structure(run)
+    assert all(a.shape == b.shape and a.dtype == b.dtype
+               for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(run), strict=True))
+    returns, length = jax.eval_shape(cli.episodes_of(algorithm, config, 2, 0), run, np.int32(0))
+    assert returns.shape[0] == 2 and length.shape == (2,)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithm_trains_resumes_and_is_evaluated(name, tmp_path, monkeypatch):
+    """By its first config. The programs of the resume are those of the start, so they are compiled once."""
+    configs = [config for other in CONFIGS if (config := get_config(other)).algorithm == name]
+    config = (configs or [get_config(name, "algorithms")])[0]
+    if "dataset" in config:
+        pytest.skip("it only fits a model")
+    job = functools.cache(lambda *_: compile_job(*arguments))
+    compile_job, arguments = train.compile_job, []
+
+    def compile_once(*args):
+        arguments[:] = args
+        return job()._replace(run=jax.tree.map(jnp.copy, job().run))  # training reuses its memory
+
+    monkeypatch.setattr(train, "compile_job", compile_once)
+    monkeypatch.setattr(logging, "_curve", lambda *_: None)
+    config = small(config)
+    summary = train.train(config, smoke=True, save_every=0.0, workdir=str(tmp_path))
     written = (tmp_path / "metrics.csv").read_bytes()
+    row = evaluate_run(run=str(tmp_path), smoke=True)
+    for column, final in zip(summary["score"], finals(summary), strict=True):
+        assert np.isfinite(final["per_seed"]).all()
+        np.testing.assert_allclose(row[column], final["per_seed"], rtol=1e-5)
+
     first, last = checkpoint.steps(tmp_path / "checkpoints")
     last.unlink()
     (tmp_path / "summary.json").unlink()
-    resumed = train.train(config, smoke=True, num_seeds=1, save_every=0.0, workdir=str(tmp_path), resume=True)
-    assert resumed["env_steps"] == summary["env_steps"] and checkpoint.steps(tmp_path / "checkpoints") == [first, last]
+    resumed = train.train(config, smoke=True, save_every=0.0, workdir=str(tmp_path), resume=True)
+    assert checkpoint.steps(tmp_path / "checkpoints") == [first, last]
     if not config.env.startswith("gymnasium/"):  # a simulator on the host is in no checkpoint
-        assert (tmp_path / "metrics.csv").read_bytes() == written
-        assert resumed["final"] == summary["final"]
-
-
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_evaluate_repeats_the_score_of_training(algorithm, quick, tmp_path):
-    configs = [name for name in CONFIGS if get_config(name).algorithm == algorithm]
-    if not configs:
-        pytest.skip("no config of its own")
-    config = small(configs[0])
-    summary = train.train(config, smoke=True, workdir=str(tmp_path))
-    row = evaluate_run(run=str(tmp_path), smoke=True)
-    for name, final in zip(summary["score"], finals(summary), strict=True):
-        np.testing.assert_allclose(row[name], final["per_seed"], rtol=1e-5)
+        assert resumed["final"] == summary["final"] and (tmp_path / "metrics.csv").read_bytes() == written
 
 
 @pytest.mark.slow
@@ -123,12 +128,14 @@ def test_a_config_runs_as_it_is(name, tmp_path):
 
 
 def test_a_smoke_run_is_two_iterations():
-    config = cli.smoke(small("pets_cartpole"))
-    assert config.env_steps == 8 + 2 * 8 and config.eval_every == 8 and config.eval_episodes <= 2
+    config = cli.smoke(get_config("pets_cartpole"))
+    iteration = config.num_envs * config.num_steps
+    assert config.env_steps == config.random_steps + 2 * iteration
+    assert config.eval_every == iteration and config.eval_episodes <= 2
 
 
 def test_the_evaluation_environment_is_the_config_s():
-    config = small("ekf_lqr_pursuit")
+    config = small(get_config("ekf_lqr_pursuit"))
     with config.unlocked():
         config.eval_env_kwargs = dict(max_steps=4, process_noise=0.25)
     env, trained = cli.eval_env(config, 1).env, cli.train_env(config).env
@@ -174,6 +181,7 @@ def test_every_file_of_core_has_a_user_and_a_test():
     for path in sorted((ROOT / "core").rglob("*.py")):
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         if path.parent.name == "envs" and "class Env" in path.read_text():
-            assert any(f'"{path.stem}' in text or module in tested for text in tests.values()), f"no test of {module}"
+            name = path.stem.removeprefix("from_")
+            assert module in tested or any(f'"{name}' in text for text in tests.values()), f"no test of {module}"
             continue
         assert module in used or module == "core", f"nobody uses {module}"
