@@ -145,8 +145,8 @@ def test_poles_and_drones_stand_as_they_should():
     """The tip of an upright pole is above the cart, a tilted one on its side; a drone that climbs to the right leans
     to the right; a longer pole is drawn longer."""
     def shapes(module, x, **options):
-        env = module.Env(**options)
-        scene = env.draw(jax.device_get(hidden.State(jnp.float32(x), env.truth, 0)))
+        state = hidden.State(jnp.float32(x), module.Env(**options).truth, 0)  # of another truth than the nominal one
+        scene = module.Env().draw(jax.device_get(state))
         return {s.label: np.asarray(s.centre) for s in scene.shapes if isinstance(s, Circle) and s.label}, scene.shapes
 
     for pole, upright in ((cartpole_swingup, [0.3, np.pi, 0, 0]), (cartpole_balance, [0.3, 0, 0, 0])):
