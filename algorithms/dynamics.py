@@ -1,23 +1,25 @@
 """Dynamics: fit a network to the transitions of a data set, by Adam on the squared error of the change.
 
-    L(θ) = mean over a minibatch of |g_θ(z) − y|²,  y = (x' − x) / σ       Agent.loss
-    x̂'   = x + σ g_θ(z)                                                    Agent.predict
+    L(θ) = mean over a minibatch of |g_θ(z̃) − y|²,  y = (x' − x) / σ      Agent.loss (D · train_error² on average)
+    x̂'   = x + σ g_θ(z̃)                                                   Agent.predict
 
-    x, x' obs and next_obs (D,); u action (A,); z = (features(x), u), standardised: (z − centre) / spread; centre,
-    spread (I,) and σ (D,): mean of z, standard deviations of z and x' − x; 1 where nothing varies.
+    x, x' obs and next_obs (D,); u action (A,); z = (features(x), u), z̃ = (z − centre) / spread. centre, spread (I,) are
+    mean and standard deviation of z, σ (D,) is that of x' − x, over the training transitions; below 1e-6 it becomes 1.
 
-A share `holdout` of the episodes, drawn by the seed's key, is kept from the network and from its scaling. measure:
+A share `holdout` of the episodes is held out: drawn with holdout_key, so others for every seed; neither the network nor
+the scaling sees them. `measure`, at every evaluation, returns:
 
-    holdout_error, train_error   root mean square of g − y over those transitions, so in units of σ
-    rollout_error                the same of (x̂ − x) / σ after `rollout_steps` steps, x̂ from its own predictions and the
-                                 actions of the data, over windows of the held out episodes; NaN if all are shorter
+    holdout_error, train_error   root mean square of g − y over held out or training transitions and over the D numbers
+    rollout_error                root mean square of (x̂ − x) / σ, `rollout_steps` steps after the start of a window. x̂
+                                 follows from its own predictions and the recorded actions. `num_windows` windows, each
+                                 in one held out episode, the same at every evaluation; NaN if all those are too short
 
-No paper: the network and the loss are those of most work on learned models (e.g. Nagabandi et al., 2018).
-Departures: minibatches are drawn with replacement; the learning rate falls to zero along a cosine.
-Episodes: an end is learnt from like any other step, with the true successor. Random: first weights, held out episodes
-(init), minibatches (train_step), windows (measure). Kept: `Run` is the checkpoint, the data are not in it.
-Decides: updates, lr, the number and the variety of the episodes. Cost: an update is one pass forwards and one backwards
-over `batch_size` transitions; a measurement passes over the whole data set.
+No paper: the network and the loss are those of most work on learned models (e.g. Nagabandi et al., 2018). Departures:
+minibatches are drawn with replacement; the learning rate falls to zero along a cosine; targets are scaled, not centred.
+Episodes: the last step of one is used like any other, with the true successor. Random: first weights, held out episodes
+(init), minibatches (train_step), windows (measure). Kept: `Run` is the checkpoint; the data are not in it.
+Decides: the data (`collect.episodes` of the config that collects), updates, lr. Cost: updates, each a pass forwards and
+one backwards over batch_size transitions; with over 3 · eval_every · batch_size in the data set, the measurements.
 Expect: holdout_error 0.017, rollout_error 0.19 with the data of configs/icem_online_linear.py, one seed, 4 s on a CPU.
 """
 import pathlib
@@ -50,7 +52,7 @@ def get_config():
         batch_size=64,
         holdout=0.2,  # of the episodes
         rollout_steps=25,  # of rollout_error
-        num_windows=256,  # the same
+        num_windows=256,  # of rollout_error, too
     ))
 
 
@@ -74,7 +76,7 @@ class Agent(struct.PyTreeNode):
 
     @property
     def params(self):
-        """What a method that goes on learning reads as `pretrained`."""
+        """What launchers.pretrain writes to model.npz, for the key `pretrained` of icem_online."""
         return dict(weights=self.dynamics.params, scaling=self.scaling)
 
     def inputs(self, x, action):  # (..., D), (..., A) -> (..., I)
@@ -95,12 +97,14 @@ class Agent(struct.PyTreeNode):
 
 class Run(NamedTuple):
     agent: Agent
-    order: jax.Array  # (N,) all transitions, those that the network learns from first
+    order: jax.Array  # (N,) row numbers: the num_trained transitions that train the network, then the held out ones
     num_trained: jax.Array
     clock: Clock
 
 
 def init(key, source, config):
+    if source.longest == source.size:
+        raise UserError("the data are one episode, so none can be held out: two or more are needed")
     if source.longest < config.rollout_steps:
         raise UserError(f"rollout_steps = {config.rollout_steps}, but the longest episode has {source.longest} steps")
     agent_key, holdout_key = jax.random.split(key)
@@ -110,11 +114,11 @@ def init(key, source, config):
 
 
 def draw_holdout(key, data, share):
-    """(N,) whether the episode of a transition is held out: a `share` of the episodes, at least one, but not all."""
+    """(N,) whether the episode of a transition is held out: a `share` of them, at least one, but not all."""
     done = (data["terminated"] | data["truncated"]).at[-1].set(True)
-    episode, count = jnp.cumsum(done) - done, done.sum()  # (N,) its number
-    luck = jnp.where(jnp.arange(len(done)) < count, jax.random.uniform(key, done.shape), jnp.inf)  # of every episode
-    number = jnp.clip(jnp.round(share * count).astype(int), 1, count - 1)
+    episode, count = jnp.cumsum(done) - done, done.sum()  # (N,) the episode's number, of each transition
+    luck = jnp.where(jnp.arange(len(done)) < count, jax.random.uniform(key, done.shape), jnp.inf)  # of each episode
+    number = jnp.clip(jnp.round(share * count).astype(int), 1, count - 1)  # the smallest are held out
     return luck[episode] < jnp.sort(luck)[number]
 
 
@@ -137,6 +141,7 @@ def measure(run, key, source, config):
 
 def rollout_errors(agent, key, held_out, source):
     """(x̂ − x) / σ after `rollout_steps` steps, of windows drawn with replacement from the held out episodes."""
+    # starts: every row, longest remaining first; left: steps from there to the end of its episode
     possible = held_out[source.starts] & (source.left >= agent.config.rollout_steps)
     chosen = jax.random.randint(key, (agent.config.num_windows,), 0, jnp.maximum(possible.sum(), 1))
     start = source.starts[jnp.argsort(~possible)][chosen]

@@ -1,34 +1,37 @@
 """iCEM online: plan with a model that a Kalman filter fits to every new transition of the episode.
 
-    u  = u_1 of the plan u_1:T with the least Σ_k c(x_k, u_k, x_{k+1}) + c_T(x_{T+1}),          act, Agent.search
-         x_1 = x,  x_{k+1} = x_k + σ g(m; z_k);  iCEM starts from the plan of the step before   Agent.predict
+    J(u_1:T) = Σ_{k=1..T} c(x_k, u_k, x_{k+1}) + c_T(x_{T+1}),  x_1 = x,  x_{k+1} = x_k + σ g(m; z_k)
+    u  = first action of iCEM's mean plan μ for J (network), of its cheapest (exact equations)  act, Agent.search
     y  = (x' − x) / σ = g(θ; z) + v,  v ~ N(0, R)      what the transition says about θ         observe, Agent.learn
-    m⁻ = m,  P⁻ = (P + q I) / λ                        drift q, forgetting λ
-    H  = ∂g/∂θ at m⁻,  S = H P⁻ H' + R,  K = P⁻ H' S⁻¹                                          core.ekf.update
+    m⁻ = m,  P⁻ = (P + q I) / λ,  H = ∂g/∂θ at m⁻,  S = H P⁻ H' + R,  K = P⁻ H' S⁻¹             core.ekf.update
     m  = m⁻ + K (y − g(m⁻; z)),  P = (I − K H) P⁻
-    R <- R + ρ (e² + diag(H P H') − R),  q <- max(q + ρ mean((m − m⁻)² + diag(P − P⁻)), 0)      ekf.adapt_R, adapt_noise
+    R <- R + ρ (e² + diag(H P H') − R),  e = y − g(m; z) and H = ∂g/∂θ, both at the new m       ekf.adapt_R
+    q <- max(q + ρ mean((m − m⁻)² + diag(P − P⁻)), 0)                                           ekf.adapt_noise
 
     x state (D,), u action (A,), x' true successor; c, c_T costs of the environment, T horizon; z = (features(x), u),
-    standardised; σ scale of changes (D,); θ the n weights that learn, ~ N(m, P); e = y − g(m; z); ρ noise_rate.
+    standardised; σ scale of changes (D,); θ the n weights that learn, ~ N(m, P); q drift, λ forgetting, ρ noise_rate.
     model="mlp"         g is a network: the file `pretrained`, or random weights
     model="physics"     g = (f(θ; x, u) − x) / σ, f the environment's equations, θ its hidden Params, σ = 1
-    adapt               θ is all weights, or those of the last layer, in which g is linear: with a full P the filter is
-                        then Bayesian linear regression, and with λ < 1 recursive least squares
+    adapt               "all": every weight. "last_layer": those of the last layer, in which g is linear. With a full P
+                        and q = ρ = 0 the filter is then Bayesian linear regression; with λ < 1, recursive least squares
     belief              P is full, diagonal (VD-EKF), or diagonal plus low rank (LO-FI)
     learn=False         m = m_0, P = 0, R = R_0: the lower baseline
     env_kwargs.reveal   obs also holds the true Params: the plan uses them, m = m_0: the upper baseline
 
 Papers: iCEM (Pinneri et al., 2020, arXiv:2008.06389; pseudo-code in core/planning.py), VD-EKF and LO-FI (Chang et al.,
-2022; 2023, arXiv:2305.19535), `num_linearizations` > 1 (Bell & Cathey, 1993). Departures: that a filtered network plans
-is ours. A plan uses m, not P. The cheapest sample exploits the error of a network, so the first action of the elites'
-mean is executed; with exact equations, that of the cheapest sample. λ acts only while tr P < 10 tr P_0.
-Reads of the environment: action_space, cost, terminal_cost; features if there are any; for physics guess, dynamics.
-Episodes: the transition that ends one, by a fall or by the clock, is learnt from; then `carry` starts again. A plan
-does not know of ends. Random: first weights, samples (act_key, split by environment), the environment (env_key).
-Kept: `Run` is the checkpoint; `carry` changes at every step, `agent` never. Decides: drift_var, prior_var (too small:
-no learning after a jump; too large: the model forgets), adapt, horizon. Cost: a step simulates about num_iterations ·
-num_samples plans of `horizon` steps, and that dominates; the filter is O(n² D) with a full P.
-Expect: configs/adapt_cartpole.py: 169 [145, 173] of at most 183, 32 seeds, 2 ms a step and seed on two CPU cores.
+2022; 2023, arXiv:2305.19535), `num_linearizations` > 1 (Bell & Cathey, 1993). The combination is ours: iCEM plans with
+a network that a Kalman filter updates. Departures: a plan uses m, not P. The cheapest sample exploits the error of a
+network, so the first action of μ, 90% the elites' mean (momentum 0.1), is executed. λ acts only while tr P < 10 tr P_0.
+Reads of the environment: action_space, cost, terminal_cost; features if there are any; guess and dynamics for physics;
+dynamics and the shown Params under reveal, with any model. Episodes: the filter uses the transition that ends one; then
+`carry` starts again. A plan does not know of ends. Random: first weights (agent_key, only without `pretrained`),
+samples (act_key, split by environment), first reset and every step (env_key of init and of train_step). Kept: `Run` is
+the checkpoint; `carry` changes at every step, `agent` never.
+Decides: model and pretrained (the default network is random); adapt; drift_var (0 by default: little learning after a
+jump; too large: it forgets what pretraining gave; 1e-4 for a last layer); prior_var (how far the first steps move it;
+1e-3 there); horizon. Cost: a step of one environment simulates 100 plans of 25 steps (40 + 3 kept, 32, 25); that
+dominates for last_layer. With adapt="all" and a full P the filter, O(n² D), does. Expect: configs/adapt_cartpole.py:
+train_return 169 [145, 173], IQM of 32 seeds (183 with the nominal constants known), 2 ms a step and seed on 2 cores.
 """
 import functools
 import pathlib
@@ -79,6 +82,7 @@ def get_config():
         kept_elites=3,  # from one step to the next
         planner=dict(num_samples=40, num_elites=10, num_iterations=3, decay=1.25, init_std=0.5, noise_beta=2.0,
                      momentum=0.1),
+        # launchers.collect and launchers.pretrain read these two sections
         collect=dict(episodes=20, num_envs=10, learn=False, env_kwargs=dict(reveal=True), action_noise=0.3),
         pretrain=dict(updates=10_000, eval_every=500, batch_size=64, lr=1e-3, holdout=0.2, rollout_steps=25),
     ))
@@ -144,7 +148,7 @@ class Agent(struct.PyTreeNode):
 
     def learn(self, carry, x, action, next_x):
         """The carry after one transition of one environment."""
-        config, zero = self.config, jnp.zeros_like(next_x)  # what the filter observes: g + v − y was zero
+        config, zero = self.config, jnp.zeros_like(next_x)  # the filter observes 0 = (g − y) + v: innovation y − g
 
         def error(theta):  # g − y, (D,)
             return (self.predict(self.insert(theta), x, action) - next_x) / self.scaling["scale"]
@@ -155,7 +159,7 @@ class Agent(struct.PyTreeNode):
         after, info = ekf.update(before, error, zero, carry.R, config.num_linearizations)
         carry = carry._replace(report=dict(
             error=jnp.sqrt(jnp.square(info.innovation).mean()), nll=-info.log_lik, nis=info.nis,
-            covered=1.0 * (info.nis < ekf.nis_band(zero.size, 1, 0.9)[1])))  # 0.95 on average if the belief is right
+            covered=1.0 * (info.nis < ekf.nis_band(zero.size, 1, 0.9)[1])))  # below the 95% quantile: 0.95 if right
         if config.learn and config.noise_rate:
             carry = carry._replace(R=ekf.adapt_R(carry.R, after, error, zero, config.noise_rate),
                                    drift_var=ekf.adapt_noise(carry.drift_var, before, after, config.noise_rate))
@@ -184,8 +188,8 @@ def init(key, source, config):
                   belief=("full", "diagonal", "low_rank"))
     refused = {'has no layers: adapt="all"': config.adapt != "all", 'has no weights to read: pretrained=""':
                config.pretrained, "needs an environment with hidden Params": not hasattr(source.env, "guess")}
-    for words in [words for words, holds in refused.items() if config.model == "physics" and holds]:
-        raise UserError(f'model="physics" {words}')
+    if config.model == "physics" and (problems := [words for words, holds in refused.items() if holds]):
+        raise UserError(f'model="physics" {problems[0]}')
     agent_key, env_key = jax.random.split(key)
     env_state, obs = source.reset(env_key)
     agent = Agent.create(agent_key, hidden.split(source.env, obs)[0][0], source.env, config)
@@ -215,13 +219,14 @@ def observe(run, carry, step):
 
 def train_step(run, key, source, config):
     """One step of every environment: act, step, observe; where an episode ended, the carry starts again."""
-    act_key, _, env_key = jax.random.split(key, 3)  # three, so that the results of docs/icem_online.md come out again
+    act_key, _, env_key = jax.random.split(key, 3)  # the second is unused; without it, published numbers change
     carry, action = act(run, run.carry, run.obs, act_key)
     env_state, step = source.step(env_key, run.env_state, action)
     carry = observe(run, carry, Transition.of(run.obs, action, step))
     info = jax.tree.map(jnp.mean, carry.report | dict(reward=step.reward))
     carry = restart(ended(step), initial_carry(run, source.num_envs), carry)
-    clock = run.clock.tick(env_steps=source.num_envs, updates=source.num_envs * config.learn)
+    learns = config.learn and not getattr(source.env, "reveal", False)
+    clock = run.clock.tick(env_steps=source.num_envs, updates=source.num_envs * learns)
     run = run._replace(carry=carry, env_state=env_state, obs=step.obs, clock=clock)
     return run, info | dict(episode=jax.tree.map(jnp.sum, step.info["episode"]))
 

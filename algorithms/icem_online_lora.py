@@ -65,6 +65,7 @@ def get_config():
         kept_elites=3,  # from one step to the next
         planner=dict(num_samples=40, num_elites=10, num_iterations=3, decay=1.25, init_std=0.5, noise_beta=2.0,
                      momentum=0.1),
+        # launchers.collect and launchers.pretrain read these two sections
         collect=dict(episodes=20, num_envs=10, learn=False, env_kwargs=dict(reveal=True), action_noise=0.3),
         pretrain=dict(updates=10_000, eval_every=500, batch_size=64, lr=1e-3, holdout=0.2, rollout_steps=25),
     ))
@@ -135,7 +136,7 @@ class Agent(struct.PyTreeNode):
 
     def learn(self, carry, x, action, next_x):
         """The carry after one transition of one environment."""
-        config, zero = self.config, jnp.zeros_like(next_x)  # what the filter observes: g + v − y was zero
+        config, zero = self.config, jnp.zeros_like(next_x)  # the filter observes 0 = (g − y) + v: innovation y − g
 
         def error(theta):  # g − y, (D,)
             return (self.predict(self.insert(theta), x, action) - next_x) / self.scaling["scale"]
@@ -146,7 +147,7 @@ class Agent(struct.PyTreeNode):
         after, info = ekf.update(before, error, zero, carry.R, config.num_linearizations)
         carry = carry._replace(report=dict(
             error=jnp.sqrt(jnp.square(info.innovation).mean()), nll=-info.log_lik, nis=info.nis,
-            covered=1.0 * (info.nis < ekf.nis_band(zero.size, 1, 0.9)[1])))  # 0.95 on average if the belief is right
+            covered=1.0 * (info.nis < ekf.nis_band(zero.size, 1, 0.9)[1])))  # below the 95% quantile: 0.95 if right
         if config.learn and config.noise_rate:
             carry = carry._replace(R=ekf.adapt_R(carry.R, after, error, zero, config.noise_rate),
                                    drift_var=ekf.adapt_noise(carry.drift_var, before, after, config.noise_rate))
@@ -201,13 +202,14 @@ def observe(run, carry, step):
 
 def train_step(run, key, source, config):
     """One step of every environment: act, step, observe; where an episode ended, the carry starts again."""
-    act_key, _, env_key = jax.random.split(key, 3)  # three, so that the results of docs/icem_online.md come out again
+    act_key, _, env_key = jax.random.split(key, 3)  # the second is unused; without it, published numbers change
     carry, action = act(run, run.carry, run.obs, act_key)
     env_state, step = source.step(env_key, run.env_state, action)
     carry = observe(run, carry, Transition.of(run.obs, action, step))
     info = jax.tree.map(jnp.mean, carry.report | dict(reward=step.reward))
     carry = restart(ended(step), initial_carry(run, source.num_envs), carry)
-    clock = run.clock.tick(env_steps=source.num_envs, updates=source.num_envs * config.learn)
+    learns = config.learn and not getattr(source.env, "reveal", False)
+    clock = run.clock.tick(env_steps=source.num_envs, updates=source.num_envs * learns)
     run = run._replace(carry=carry, env_state=env_state, obs=step.obs, clock=clock)
     return run, info | dict(episode=jax.tree.map(jnp.sum, step.info["episode"]))
 

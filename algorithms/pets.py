@@ -2,14 +2,14 @@
 
     z  = (features(x), u),  z̃ = (z − m) / s            m, s: mean and deviation of z in memory     inputs, standardise
     x' = x + μ_b(z̃) + σ_b(z̃) ε,  ε ~ N(0, I)           member b of B                               Ensemble, predict
-    L  = Σ_b mean_i Σ_d ((μ_b − Δ)² e^(−ℓ_b) + ℓ_b)    ℓ = log σ², Δ = x' − x; i: b's bootstrap    loss
-         + κ Σ_d (ℓ_max − ℓ_min) + ½ λ Σ_l |W_l|²      W_l: weights of layer l, without biases
+    L  = Σ_b mean_i Σ_d ((μ_b − Δ)² e^(−ℓ_b) + ℓ_b)    ℓ = log σ², Δ = x' − x; mean_i: over a       loss
+         + κ Σ_d (ℓ_max − ℓ_min) + ½ λ Σ_l |W_l|²      minibatch of b's bootstrap; W_l: kernel of layer l
     ℓ <- ℓ_max − softplus(ℓ_max − ℓ),  then  ℓ <- ℓ_min + softplus(ℓ − ℓ_min);  bounds are learnt  Ensemble
     J(u_1:H) = mean_p [Σ_t c(x_t^p, u_t, x_{t+1}^p) + c_H(x_{H+1}^p)]                              expected_cost
-         All P particles start at x. Member b moves particles b P/B to (b + 1) P/B − 1, with the ε of their number.
-         TSinf: a particle keeps its number, and so its member. TS1: before each step, the first one too, a random
-         permutation renumbers the particles. A particle is lost when any |z̃_t| >= far; a plan with a lost particle or
-         with a cost that is not finite has infinite cost.
+         All P particles start at x. Member b moves particles number b P/B to (b + 1) P/B − 1. Number p takes the
+         p-th ε. TSinf: a particle keeps its number, and so its member. TS1: before each step, the first one too, a
+         random permutation renumbers the particles. A particle is lost when any |z̃_t| >= far; a plan with a lost
+         particle or with a cost that is not finite has infinite cost.
     u = first action of the mean plan of a search for min J, by iCEM or CEM (core.planning)        plan, act
 
     x state, u action, x' true successor; c, c_H costs of the environment, given to PETS; D size of x; H horizon,
@@ -19,22 +19,26 @@
     train_step   fit: m, s of all memory; then num_updates Adam steps from the weights so far
                  num_steps times, in every environment: plan, step; where an episode ended, start a new plan
                  test: error, nll and coverage of the new transitions, from which no member has learnt yet
-                 add them to memory; each member draws its bootstrap of them
+                 add them to memory; each member draws as many of them, with replacement, for its bootstrap
 
 Ends: episodes and plans go on from one train_step to the next. A transition that ends an episode, by a fall or by the
-clock, is learnt from like any other (the true successor). The planner does not know that episodes end.
-Random: weights, random steps, bootstraps (store_key), minibatches (fit_key); for each environment and step (act_key) ε
-and permutations (chance_key), which all plans of one search share, and samples (search_key).
-Kept: `Run` is the checkpoint: agent, memory, environments, plans (`carry`), clock.
-Departures: a fit every num_steps steps (paper: after every episode); num_updates minibatches drawn with replacement
-(5 epochs); a bootstrap drawn once, from the new transitions (from all, at every fit); shared ε and permutations (new
-ones for each plan), so costs differ by actions only; `far` (a NaN costs 1e6); CEM without early stop; one λ (one for
-each layer). By default iCEM, two layers, fewer samples and particles; configs/pets_paper.py has the authors' numbers.
-Decides: num_steps, where episodes end early: a fit every 50 steps balances a pole after one fall, a fit every episode
-needs four. Samples: with the true model of the cart-pole 97 a step score 178, 2,000 score 182. horizon, num_updates.
-Cost: planning dominates. One action evaluates a network samples x P x H times (12,125 by default, about 20 ms on a CPU
-core); one fit num_updates x B x batch_size times (160,000), with gradients.
-Expect: configs/pets_cartpole.py: about 177 of 183 after 10 episodes; 40 s a seed on two CPU cores.
+time limit, is used like any other (the true successor). The planner does not know that episodes end.
+Random: first weights (agent_key), start states (reset_key, env_key), random steps (play_key), bootstraps (store_key),
+minibatches (fit_key). At every step each environment has its own ε and permutations (chance_key), the same for all
+plans of a search, and its own samples (search_key).
+Kept: `Run` is the checkpoint: agent, memory, environments, plans (`carry`), clock (counts of steps and updates).
+Departures, the paper's way in brackets: a fit every num_steps steps (after every episode); num_updates minibatches
+drawn with replacement (5 epochs); a bootstrap drawn once, from the new transitions (from all, at every fit); shared ε
+and permutations (new ones for each plan), so costs differ by actions only; `far` (a NaN costs 1e6); CEM without early
+stop; one λ (one for each layer); Σ_d, as in the paper's formula (their code: the mean over d, so κ and λ weigh D times
+more there). By default iCEM that executes its mean (iCEM's paper: the cheapest sample), two layers, fewer samples and
+particles; configs/pets_paper.py has the authors' numbers.
+Decides: num_steps, where episodes end early: with a fit every 50 steps the pole falls once and then never (one seed);
+with a fit after every episode it falls four times first. planner.num_samples: with the true model of the cart-pole, 100
+plans a step score 178, 2,000 score 182. Then horizon and num_updates (not measured).
+Cost: planning dominates. One action simulates 100 plans (40 + 3 kept, 32, 25), each P x H network evaluations: 12,500,
+about 20 ms on a CPU core. One fit takes num_updates x B x batch_size (160,000), with gradients.
+Expect: configs/pets_cartpole.py: about 177 after 10 episodes (best with the true model: 183); 40 s a seed, 2 CPU cores.
 """
 import functools
 import pathlib
@@ -177,9 +181,9 @@ class Agent(struct.PyTreeNode):
         def step(particles, now):
             (x, lost, total), (action, noise, order) = particles, now
             if self.config.propagation == "ts1":
-                x = x[order]  # not lost and total: their mean does not depend on the order
+                x = x[order]  # lost and total stay where they are: only their mean over all particles is used
             action = jnp.broadcast_to(action, (P, N, A))
-            z = inputs(self.env, x, action).reshape(B, P // B * N, -1)
+            z = inputs(self.env, x, action).reshape(B, P // B * N, -1)  # row b: the particles of member b, in all plans
             lost = lost | ~(jnp.abs(self.standardise(z)) < self.config.far).all(-1).reshape(P, N)
             mean, log_var = (v.reshape(P, N, D) for v in self.predict(z))
             next_x = x + mean + jnp.exp(0.5 * log_var) * noise
@@ -234,7 +238,7 @@ def init(key, source, config):
     memory = ReplayBuffer.create(dict(z=z, change=obs[0], bootstrap=bootstrap), config.env_steps)
     agent, steps = Agent.create(agent_key, source.env, z, obs[0], config), config.random_steps // source.num_envs
     run = Run(agent, memory, env_state, obs, (), Clock.start(steps * source.num_envs))
-    run = run._replace(carry=initial_carry(run, source.num_envs))
+    run = run._replace(carry=initial_carry(run, source.num_envs))  # it reads the agent from the run
 
     def explore(run, carry, obs, key):
         return carry, source.action_space.sample(key, (source.num_envs,))

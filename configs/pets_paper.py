@@ -1,5 +1,6 @@
 """The cart-pole of PETS with the numbers of its authors (kchua/handful-of-trials): 1,000,000 network evaluations an
-action, which needs a GPU. `num_updates` is the mean of their 5 epochs over ten episodes."""
+action, which needs a GPU. `num_updates` is the mean of their 5 epochs over ten episodes. Their loss takes the
+mean over the dimensions of x where ours takes the sum, so their κ and λ weigh as many times more."""
 from algorithms import pets
 
 

@@ -46,6 +46,7 @@ PLANTED_ERRORS = {
     "nothing held out of few": (FILE, "jnp.round(share * count).astype(int), 1, count - 1)",
                                 "jnp.round(share * count).astype(int), 0, count - 1)", HOLDOUT),
     "everything held out": (FILE, "1, count - 1)", "1, count)", HOLDOUT),
+    "one episode is taken": (FILE, "source.longest == source.size", "False", "test_one_episode_is_refused"),
     "errors exchanged": (FILE, "square.mean(where=held_out), train_error=square.mean(where=~held_out)",
                          "square.mean(where=~held_out), train_error=square.mean(where=held_out)", ERRORS),
     "no root": (FILE, "jax.tree.map(jnp.sqrt, errors)", "errors", ERRORS),
@@ -232,3 +233,8 @@ def test_it_learns_a_linear_system():
 def test_a_rollout_longer_than_all_episodes_is_refused():
     with pytest.raises(UserError, match="rollout_steps = 10, but the longest episode has 9 steps"):
         dynamics.init(jax.random.key(0), a_dataset(), config_of(rollout_steps=10))
+
+
+def test_one_episode_is_refused():
+    with pytest.raises(UserError, match="the data are one episode, so none can be held out"):
+        dynamics.init(jax.random.key(0), a_dataset((9,)), config_of())
