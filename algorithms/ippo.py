@@ -3,33 +3,37 @@ Child of ppo.py; the diff is the method.
 
 Every agent learns from its own observations and rewards; the other agents are a part of the environment. For each:
 
-    δ_t  = r_t + γ (1 − terminated_t) V(o'_t) − V(o_t)
-    A_t  = δ_t + γλ (1 − terminated_t)(1 − truncated_t) A_{t+1}       one episode only        core.returns.gae
+    δ_t  = r_t + γ (1 − terminated_t) V(o'_t) − V(o_t)                                        core.returns.gae
+    A_t  = δ_t + γλ (1 − terminated_t)(1 − truncated_t) A_{t+1},   0 after the rollout        core.returns.gae
     r(θ) = π_θ(a|o) / π_old(a|o)
-    L_π  = −E[min(r A, clip(r, 1−ε, 1+ε) A)]                                                  loss
-    L_V  = ½ E[max((V − G)², (V_old + clip(V − V_old, −ε, ε) − G)²)],  G = A + V_old          loss
-    L    = L_π + c_V L_V − c_H E[H(π(·|o))]                                                   loss
+    L_π  = −E[min(r Ã, clip(r, 1−ε, 1+ε) Ã)]                                                  Agent.loss
+    L_V  = ½ E[max((V − G)², (V_old + clip(V − V_old, −ε, ε) − G)²)],  G = A + V_old          Agent.loss
+    L    = L_π + c_V L_V − c_H E[H(π(·|o))]                                                   Agent.loss
 
-    π the agent's actor, V its critic, o what it observes, o' the true successor (next_obs), r_t its reward. A time
-    limit truncates: its step bootstraps with V(o'). terminated_t: the episode ended, or this agent did
-    (info["agent_done"]); the rows of an agent after its own end are still learnt from.
+    π the agent's actor, V its critic; π_old, V_old those that made the rollout; o' next_obs, the true successor; Ã is A
+    standardised over the minibatch, G uses A itself. At a time limit (truncated) a step bootstraps with V(o'), at any
+    other end (terminated) with 0. The environment then starts a new episode by itself. An agent may end before the
+    episode does: info["agent_done"] is true from then on, and counts as terminated. Its later rows stay in the batch.
 
-share_params=False   every agent has parameters, a gradient norm and an optimiser of its own: every array of them begins
-                     with an axis of N agents, and the sum of the L is minimised, which separates into the agents
-share_params=True    one network, which is told the agent's number as a one-hot vector; the mean of the L is minimised
-masked               where the environment forbids actions: the last A numbers of an observation are 1 for those that
-                     are allowed; a forbidden one gets probability 0
+share_params=False   every agent has networks and an optimiser of its own: each of their arrays has a leading axis N.
+                     The sum of the N losses is minimised; an agent's gradient depends on its own loss only
+share_params=True    one network, which gets the agent's number as a one-hot vector; the mean of the losses is minimised
+masked               the environment forbids actions: the last A numbers of an observation are 1 for those allowed. A
+                     forbidden Discrete action gets probability 0. A forbidden component of a Box is drawn from N(0, 1),
+                     which changes no ratio, and the environment ignores it
 
-Departures: advantages are standardised per minibatch and agent; the value loss is clipped by the same ε; Adam's ε =
-1e-5, the learning rate falls linearly to zero, gradients are clipped by global norm, the last layer of the actor starts
-100 times smaller. A continuous action is a normal without bounds: the environment clips it. A minibatch holds the same
-steps of all agents. normalize_obs and normalize_reward use statistics of each agent's own.
-Kept: `Run`, which is also the checkpoint: networks and optimisers, clock, environments, statistics. No data are kept
-between iterations.
-Decides: lr, num_envs · num_steps (the batch), share_params.
-Cost: num_steps passes of N actors over num_envs observations, then num_epochs passes forwards and backwards over
-num_envs · num_steps · N; the latter take most of the time.
-Expect: 1.9 on multi_agent_tracking after 100k steps (no policy earns more than 2.04), every one of 16 seeds.
+Departures: the paper shares the networks, here that is an option. Against the paper of PPO: Ã, each agent's by itself;
+the clipped value loss; Adam's ε of 1e-5; a learning rate that falls linearly to zero; gradients clipped by global norm;
+orthogonal weights, 0.01 in the actor's last layer; actions without bounds, which the environment clips. A minibatch
+holds the same steps of all agents. normalize_obs and normalize_reward keep statistics of each agent, clipped to ±10.
+Kept: `Run`: networks, optimisers, clock, environments and their observations, statistics. A checkpoint is `Run` and the
+number of the iteration. No key is kept: the launcher makes one from the seed and that number.
+Decides: lr (3e-4 here, 1e-3 in configs/ippo_tracking.py); num_envs · num_steps, the batch. share_params does not on
+simple_spread: −60.3 with it, −60.7 without.
+Cost: num_steps environment steps and passes of N actors, two passes of N critics over num_envs · num_steps, then
+num_epochs passes of both, forwards and backwards. The last take most of the time where the environment is cheap.
+Expect: 1.91, the sum over six agents, on multi_agent_tracking after 100k steps with configs/ippo_tracking.py, IQM of 16
+seeds. No policy earns more than 2.04.
 """
 import pathlib
 from typing import Any, NamedTuple
@@ -82,7 +86,7 @@ def get_config():
 
 
 class ActorCritic(nn.Module):
-    """Two networks of every agent, or for all agents, under one optimiser."""
+    """Actor and critic: a pair for each agent, or one pair for all."""
 
     action_space: Any
     num_agents: int
@@ -94,7 +98,8 @@ class ActorCritic(nn.Module):
     def setup(self):
         # One network for each agent: parameters (N, ...) meet observations (B, N, O) in one batched matmul.
         by_agent = dict(variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=1, out_axes=1)
-        net, agents = (MLP, ()) if self.share_params else (nn.vmap(MLP, **by_agent), (self.num_agents,))
+        net = MLP if self.share_params else nn.vmap(MLP, **by_agent)
+        agents = () if self.share_params else (self.num_agents,)
         discrete, size = isinstance(self.action_space, Discrete), width(self.action_space)
         self.policy = net((*self.hidden_dims, size), nn.tanh, final_scale=0.01)
         log_std = nn.initializers.constant(jnp.log(self.init_std))
@@ -132,24 +137,28 @@ def width(space):
     return space.n if isinstance(space, Discrete) else space.shape[0]
 
 
+def is_masked(source):
+    return getattr(source.env, "masked", False)  # source.env: one copy of the environment
+
+
 class Agent(struct.PyTreeNode):
     actor_critic: TrainState
     config: Any = struct.field(pytree_node=False)
 
     @classmethod
-    def create(cls, key, obs, env, config):
+    def create(cls, key, obs, source, config):
         batch = config.num_envs * config.num_steps
         if batch % config.num_minibatches:
             raise UserError(f"num_envs * num_steps = {batch} is not divisible by num_minibatches = "
                             f"{config.num_minibatches}")
         updates = config.env_steps // batch * config.num_epochs * config.num_minibatches
         lr = optax.linear_schedule(config.lr, 0.0, updates) if config.anneal_lr else config.lr
-        # One flat vector: at this size an update costs by the number of arrays, not by their length.
+        # One flat vector: for networks this small, the time of an optimiser step grows with the number of arrays.
         tx = optax.flatten(optax.chain(
             optax.clip_by_global_norm(config.max_grad_norm), optax.adam(lr, eps=config.adam_eps)))
         if not config.share_params:
             tx = optax.GradientTransformation(jax.vmap(tx.init), jax.vmap(tx.update))
-        network = ActorCritic(env.action_space, env.num_agents, getattr(env.env, "masked", False),
+        network = ActorCritic(source.action_space, source.num_agents, is_masked(source),
                               config.share_params, config.hidden_dims, config.init_std)
         return cls(TrainState.create(network, key, obs, tx=tx), config)
 
@@ -192,15 +201,15 @@ class Run(NamedTuple):
     clock: Clock
     env_state: Any
     obs: jax.Array
-    obs_stats: RunningMeanStd  # they change once an iteration, after its update
-    reward_scale: RewardScale  # leaves (N, ...)
+    obs_stats: RunningMeanStd  # updated at the end of train_step, so that one iteration uses one set
+    reward_scale: RewardScale  # leaves (N, ...); updated by a rollout before its rewards are scaled
 
 
 def init(key, source, config):
     env_key, agent_key = jax.random.split(key)
     env_state, obs = source.reset(env_key)
     agent = Agent.create(agent_key, obs, source, config)
-    mask_size = width(source.action_space) if getattr(source.env, "masked", False) else 0
+    mask_size = width(source.action_space) if is_masked(source) else 0
     obs_stats = RunningMeanStd.create(obs[0, ..., :obs.shape[-1] - mask_size])
     reward_scale = jax.vmap(lambda _: RewardScale.create((source.num_envs,)))(jnp.arange(source.num_agents))
     return Run(agent, Clock.start(), env_state, obs, obs_stats, reward_scale)
@@ -217,16 +226,16 @@ def train_step(run, key, source, config):
     # The critic is not needed to act: it evaluates the whole rollout at once.
     value, next_value = critic(run, obs), critic(run, step.next_obs)
     terminated, truncated = step.terminated[..., None], step.truncated[..., None]
-    terminated = terminated | step.info.get("agent_done", False)  # an agent can end before the episode does
+    terminated = terminated | step.info.get("agent_done", False)  # true until the episode ends
     advantage = gae(reward, value, next_value, terminated, truncated, config.discount, config.gae_lambda)
     batch = dict(obs=normalize(run, obs), action=action, log_prob=log_prob, value=value, advantage=advantage)
     agent, info = run.agent.update(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch), update_key)
     if config.normalize_obs:
         run = run._replace(obs_stats=run.obs_stats.update(features(run, obs)))
     clock = run.clock.tick(config.num_envs * config.num_steps, config.num_epochs * config.num_minibatches)
-    explained = 1 - advantage.var((0, 1)) / ((advantage + value).var((0, 1)) + 1e-8)  # share of the targets' variance
-    info |= dict(explained_variance=explained.mean(), episode=jax.tree.map(lambda x: x.sum((0, 1)), step.info["episode"]))
-    return run._replace(agent=agent, clock=clock), info
+    explained = 1 - advantage.var((0, 1)) / ((advantage + value).var((0, 1)) + 1e-8)  # of the targets' variance
+    episode = jax.tree.map(lambda x: x.sum((0, 1)), step.info["episode"])
+    return run._replace(agent=agent, clock=clock), info | dict(explained_variance=explained.mean(), episode=episode)
 
 
 def rollout(run, key, source, config):  # -> run, leaves (T, E, ...)

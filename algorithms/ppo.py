@@ -1,23 +1,28 @@
 """Proximal Policy Optimization (Schulman et al., 2017, arXiv:1707.06347).
 
-    δ_t  = r_t + γ (1 − terminated_t) V(s'_t) − V(s_t)
-    A_t  = δ_t + γλ (1 − terminated_t)(1 − truncated_t) A_{t+1}       one episode only        core.returns.gae  (Eq. 11)
+    δ_t  = r_t + γ (1 − terminated_t) V(s'_t) − V(s_t)                                        core.returns.gae  (Eq. 12)
+    A_t  = δ_t + γλ (1 − terminated_t)(1 − truncated_t) A_{t+1},   0 after the rollout        core.returns.gae  (Eq. 11)
     r(θ) = π_θ(a|s) / π_old(a|s)
-    L_π  = −E[min(r A, clip(r, 1−ε, 1+ε) A)]                                                  loss              (Eq. 7)
-    L_V  = ½ E[max((V − G)², (V_old + clip(V − V_old, −ε, ε) − G)²)],  G = A + V_old          loss
-    L    = L_π + c_V L_V − c_H E[H(π(·|s))]                                                   loss              (Eq. 9)
+    L_π  = −E[min(r Ã, clip(r, 1−ε, 1+ε) Ã)]                                                  Agent.loss        (Eq. 7)
+    L_V  = ½ E[max((V − G)², (V_old + clip(V − V_old, −ε, ε) − G)²)],  G = A + V_old          Agent.loss
+    L    = L_π + c_V L_V − c_H E[H(π(·|s))]                                                   Agent.loss        (Eq. 9)
 
-    π actor, V critic, s' the true successor (next_obs). A time limit truncates: its step bootstraps with V(s').
+    π actor, V critic; π_old, V_old those that made the rollout; s' next_obs, the true successor; Ã is A standardised
+    over the minibatch, G uses A itself. At a time limit (truncated) a step bootstraps with V(s'), at any other end
+    (terminated) with 0. The environment then starts a new episode by itself: step.obs is its first observation.
 
-Departures: advantages are standardised per minibatch; the value loss is clipped by the same ε; Adam's ε = 1e-5, the
-learning rate falls linearly to zero, gradients are clipped by global norm, the last layer of the actor starts 100 times
-smaller (Engstrom et al., 2020; Huang et al., 2022). A continuous action is a normal without bounds: the environment
-clips it, and its log-probability is that of the sample before the clip.
-Kept: `Run`, which is also the checkpoint: networks and optimiser, clock, environments, statistics. No data are kept
-between iterations.
-Decides: lr, num_envs · num_steps (the batch), and for continuous actions normalize_obs and normalize_reward.
-Cost: num_steps passes of the actor over num_envs observations, then num_epochs passes forwards and backwards over
-num_envs · num_steps; the latter take most of the time where the environment is cheap.
+Departures: Ã; the value loss is clipped by the same ε; Adam's ε is 1e-5; the learning rate falls linearly to zero (in
+the paper on Atari only); gradients are clipped by global norm; weights start orthogonal, of scale √2 in hidden layers,
+1 in the critic's last layer and 0.01 in the actor's (Engstrom et al., 2020; Huang et al., 2022). A continuous action is
+a normal without bounds: the environment clips it, and its log-probability is that of the sample before the clip. With
+normalize_obs, observations are standardised by running statistics; with normalize_reward, rewards are divided by the
+running deviation of the discounted return. Both are then clipped to ±10.
+Kept: `Run`: networks, optimiser, clock, environments and their observations, statistics. A checkpoint is `Run` and the
+number of the iteration. No key is kept: the launcher makes one from the seed and that number.
+Decides: lr; num_envs · num_steps, the batch; on Pendulum normalize_obs and normalize_reward (configs/ppo_pendulum.py).
+Cost: num_steps environment steps and passes of the actor over num_envs observations, two passes of the critic over all
+num_envs · num_steps, then num_epochs passes of both, forwards and backwards, over the same. The last take most of the
+time where the environment is cheap.
 Expect: 500 on CartPole after 500k steps, every one of 16 seeds (30 s in all on 2 CPU cores).
 """
 import pathlib
@@ -109,7 +114,7 @@ class Agent(struct.PyTreeNode):
                             f"{config.num_minibatches}")
         updates = config.env_steps // batch * config.num_epochs * config.num_minibatches
         lr = optax.linear_schedule(config.lr, 0.0, updates) if config.anneal_lr else config.lr
-        # One flat vector: at this size an update costs by the number of arrays, not by their length.
+        # One flat vector: for networks this small, the time of an optimiser step grows with the number of arrays.
         tx = optax.flatten(optax.chain(
             optax.clip_by_global_norm(config.max_grad_norm), optax.adam(lr, eps=config.adam_eps)))
         network = ActorCritic(action_space, config.hidden_dims, config.init_std)
@@ -150,8 +155,8 @@ class Run(NamedTuple):
     clock: Clock
     env_state: Any
     obs: jax.Array
-    obs_stats: RunningMeanStd  # they change once an iteration, after its update
-    reward_scale: RewardScale
+    obs_stats: RunningMeanStd  # updated at the end of train_step, so that one iteration uses one set
+    reward_scale: RewardScale  # updated by a rollout before its rewards are scaled
 
 
 def init(key, source, config):
@@ -179,7 +184,7 @@ def train_step(run, key, source, config):
     if config.normalize_obs:
         run = run._replace(obs_stats=run.obs_stats.update(obs))
     clock = run.clock.tick(config.num_envs * config.num_steps, config.num_epochs * config.num_minibatches)
-    explained = 1 - advantage.var() / ((advantage + value).var() + 1e-8)  # share of the targets' variance
+    explained = 1 - advantage.var() / ((advantage + value).var() + 1e-8)  # of the targets' variance
     info |= dict(explained_variance=explained, episode=jax.tree.map(jnp.sum, step.info["episode"]))
     return run._replace(agent=agent, clock=clock), info
 

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_batching import custom_vmap
 
 from core.envs.interface import Transition, ended
 
@@ -22,7 +23,7 @@ def evaluate(act: Callable, env: Any, key: jax.Array, carry: Any = (),
     agents = () if env.num_agents is None else (env.num_agents,)
 
     def unfinished(state):
-        return state[-1].any()
+        return any_of(state[-1])
 
     def step(state):
         t, env_state, obs, carry, total, length, alive = state
@@ -38,6 +39,18 @@ def evaluate(act: Callable, env: Any, key: jax.Array, carry: Any = (),
     start = (jnp.int32(0), env_state, obs, carry, total, length, jnp.ones(env.num_envs, bool))
     *_, total, length, _ = jax.lax.while_loop(unfinished, step, start)
     return total, length
+
+
+@custom_vmap
+def any_of(flags: jax.Array) -> jax.Array:
+    """Whether one of them is true: under vmap one of all seeds, so that a loop goes on for all or for none. A condition
+    of each seed would make XLA choose between the old and the new value of every array, at every step."""
+    return flags.any()
+
+
+@any_of.def_vmap
+def _any_of_all_seeds(num_seeds, batched, flags):
+    return flags.any(), False
 
 
 def by_team(returns: jax.Array, teams: tuple[int, ...] | None) -> dict[str, jax.Array]:

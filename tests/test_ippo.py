@@ -44,7 +44,7 @@ PLANTED_ERRORS = {
                                 "mean, std = mean, std", PAD),
     "agent's number dropped": (IPPO, "jnp.eye(self.num_agents)[None]", "jnp.zeros((1, 1, self.num_agents))",
                                TARGETS + "[shared]"),
-    "parameters shared unasked": (IPPO, "(MLP, ()) if self.share_params", "(MLP, ()) if True", TARGETS + "[own]"),
+    "parameters shared unasked": (IPPO, "net = MLP if self.share_params", "net = MLP if True", TARGETS + "[own]"),
     "gradients of all clipped as one": (IPPO, "if not config.share_params:", "if False:", OWN),
     "gradients not clipped": (IPPO, "optax.clip_by_global_norm(config.max_grad_norm)", "optax.identity()", OWN),
     "own losses averaged": (IPPO, "else loss.sum(), info", "else loss.mean(), info", LOSS),
