@@ -1,7 +1,8 @@
 """iCEM online: plan with a model that a Kalman filter fits to every new transition of the episode.
 
     J(u_1:T) = Σ_{k=1..T} c(x_k, u_k, x_{k+1}) + c_T(x_{T+1}),  x_1 = x,  x_{k+1} = x_k + σ g(m; z_k)
-    u  = first action of iCEM's mean plan μ for J (network), of its cheapest (exact equations)  act, Agent.search
+    u  = first action of iCEM's mean plan if the model is a network, of its cheapest plan if    act, Agent.search
+         the equations are exact (physics, or reveal)
     y  = (x' − x) / σ = g(θ; z) + v,  v ~ N(0, R)      what the transition says about θ         observe, Agent.learn
     m⁻ = m,  P⁻ = (P + q I) / λ,  H = ∂g/∂θ at m⁻,  S = H P⁻ H' + R,  K = P⁻ H' S⁻¹             core.ekf.update
     m  = m⁻ + K (y − g(m⁻; z)),  P = (I − K H) P⁻
@@ -19,19 +20,23 @@
     env_kwargs.reveal   obs also holds the true Params: the plan uses them, m = m_0: the upper baseline
 
 Papers: iCEM (Pinneri et al., 2020, arXiv:2008.06389; pseudo-code in core/planning.py), VD-EKF and LO-FI (Chang et al.,
-2022; 2023, arXiv:2305.19535), `num_linearizations` > 1 (Bell & Cathey, 1993). The combination is ours: iCEM plans with
-a network that a Kalman filter updates. Departures: a plan uses m, not P. The cheapest sample exploits the error of a
-network, so the first action of μ, 90% the elites' mean (momentum 0.1), is executed. λ acts only while tr P < 10 tr P_0.
+2022; 2023, arXiv:2305.19535), `num_linearizations` > 1 (Bell & Cathey, 1993). To plan with a network that a Kalman
+filter updates is ours, and so is that a plan uses m and ignores P.
+Departures: iCEM executes its mean plan where the model is a network, because the cheapest plan exploits the errors of a
+network (its paper: the cheapest). λ acts only while tr P < 10 tr P_0 (without it P grows without bound).
 Reads of the environment: action_space, cost, terminal_cost; features if there are any; guess and dynamics for physics;
-dynamics and the shown Params under reveal, with any model. Episodes: the filter uses the transition that ends one; then
-`carry` starts again. A plan does not know of ends. Random: first weights (agent_key, only without `pretrained`),
-samples (act_key, split by environment), first reset and every step (env_key of init and of train_step). Kept: `Run` is
-the checkpoint; `carry` changes at every step, `agent` never.
-Decides: model and pretrained (the default network is random); adapt; drift_var (0 by default: little learning after a
-jump; too large: it forgets what pretraining gave; 1e-4 for a last layer); prior_var (how far the first steps move it;
-1e-3 there); horizon. Cost: a step of one environment simulates 100 plans of 25 steps (40 + 3 kept, 32, 25); that
-dominates for last_layer. With adapt="all" and a full P the filter, O(n² D), does. Expect: configs/adapt_cartpole.py:
-train_return 169 [145, 173], IQM of 32 seeds (183 with the nominal constants known), 2 ms a step and seed on 2 cores.
+dynamics and the shown Params under reveal, with any model.
+Ends: a fall and the time limit are the same. The filter uses the last transition; then `carry` starts again, so nothing
+learnt passes to the next episode. A plan does not know of ends.
+Random: first weights (agent_key, only without `pretrained`), samples (act_key, split by environment), first reset and
+every step (env_key of init and of train_step).
+Kept: `Run`, which is the checkpoint; `carry` changes at every step, `agent` never.
+Decides: model and pretrained (the default network is random); adapt; horizon. drift_var: with 0, the default, the
+filter hardly learns once the truth has jumped; too large, it forgets what pretraining gave. prior_var: how far the
+first steps move θ. For the last layer of a pretrained network drift_var=1e-4 and prior_var=1e-3 are good.
+Cost: a step of one environment simulates 100 plans of 25 steps (40 + 3 kept, 32, 25); that dominates for the last layer
+and for physics. With all weights of a network and a full P the filter, O(n² D), does.
+Expect: configs/adapt_cartpole.py: train_return 169 [145, 173], IQM of 32 seeds, 2 ms a step and seed on 2 CPU cores.
 """
 import functools
 import pathlib

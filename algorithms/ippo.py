@@ -13,25 +13,28 @@ Every agent learns from its own observations and rewards; the other agents are a
     π the agent's actor, V its critic; π_old, V_old those that made the rollout; o' next_obs, the true successor; Ã is A
     standardised over the minibatch, G uses A itself. At a time limit (truncated) a step bootstraps with V(o'), at any
     other end (terminated) with 0. The environment then starts a new episode by itself. An agent may end before the
-    episode does: info["agent_done"] is true from then on, and counts as terminated. Its later rows stay in the batch.
+    episode does: info["agent_done"] is true from that step on, and counts as terminated; at a time limit it is false
+    for all. The rows after an agent's end stay in the batch.
 
 share_params=False   every agent has networks and an optimiser of its own: each of their arrays has a leading axis N.
                      The sum of the N losses is minimised; an agent's gradient depends on its own loss only
 share_params=True    one network, which gets the agent's number as a one-hot vector; the mean of the losses is minimised
-masked               the environment forbids actions: the last A numbers of an observation are 1 for those allowed. A
-                     forbidden Discrete action gets probability 0. A forbidden component of a Box is drawn from N(0, 1),
-                     which changes no ratio, and the environment ignores it
+masked               the environment forbids actions: the last numbers of an observation, one for each action, are 1
+                     where it is allowed. A forbidden Discrete action gets probability 0. A forbidden component of a Box
+                     is drawn from N(0, 1), which changes no ratio, and the environment ignores it
 
-Departures: the paper shares the networks, here that is an option. Against the paper of PPO: Ã, each agent's by itself;
-the clipped value loss; Adam's ε of 1e-5; a learning rate that falls linearly to zero; gradients clipped by global norm;
-orthogonal weights, 0.01 in the actor's last layer; actions without bounds, which the environment clips. A minibatch
-holds the same steps of all agents. normalize_obs and normalize_reward keep statistics of each agent, clipped to ±10.
-Kept: `Run`: networks, optimisers, clock, environments and their observations, statistics. A checkpoint is `Run` and the
-number of the iteration. No key is kept: the launcher makes one from the seed and that number.
-Decides: lr (3e-4 here, 1e-3 in configs/ippo_tracking.py); num_envs · num_steps, the batch. share_params does not on
-simple_spread: −60.3 with it, −60.7 without.
+Departures: the paper shares the networks, here that is an option. Compared with the PPO paper: advantages standardised
+over the minibatch, for each agent by itself; the clipped value loss; Adam's ε of 1e-5; a learning rate that falls
+linearly to zero; gradients clipped by global norm; orthogonal weights, 0.01 in the actor's last layer; actions without
+bounds, which the environment clips. A minibatch holds the same steps of all agents. normalize_obs and normalize_reward
+use statistics of each agent; the normalised values are clipped to ±10.
+Kept: `Run`: networks, optimisers, clock, environments and their observations, statistics. A checkpoint holds `Run`, the
+number of the iteration and the sums since the last row of the log. No key is kept: the launcher makes one from the seed
+and that number.
+Decides: lr (3e-4 here, 1e-3 in configs/ippo_tracking.py); num_envs · num_steps, the batch. share_params makes no
+clear difference on simple_spread: after 1M steps of configs/ippo_spread.py −60.3 with it, −60.7 without.
 Cost: num_steps environment steps and passes of N actors, two passes of N critics over num_envs · num_steps, then
-num_epochs passes of both, forwards and backwards. The last take most of the time where the environment is cheap.
+num_epochs passes of both, forwards and backwards. All but the first take 93% of the time on multi_agent_tracking.
 Expect: 1.91, the sum over six agents, on multi_agent_tracking after 100k steps with configs/ippo_tracking.py, IQM of 16
 seeds. No policy earns more than 2.04.
 """
@@ -226,7 +229,7 @@ def train_step(run, key, source, config):
     # The critic is not needed to act: it evaluates the whole rollout at once.
     value, next_value = critic(run, obs), critic(run, step.next_obs)
     terminated, truncated = step.terminated[..., None], step.truncated[..., None]
-    terminated = terminated | step.info.get("agent_done", False)  # true until the episode ends
+    terminated = terminated | step.info.get("agent_done", False)  # from an agent's end on; false at a time limit
     advantage = gae(reward, value, next_value, terminated, truncated, config.discount, config.gae_lambda)
     batch = dict(obs=normalize(run, obs), action=action, log_prob=log_prob, value=value, advantage=advantage)
     agent, info = run.agent.update(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch), update_key)

@@ -73,17 +73,6 @@ class Dataset(struct.PyTreeNode):
         index = start[None] + jnp.arange(length)[:, None]
         return jax.tree.map(lambda x: x[index], self.data)
 
-    def split(self, fraction: float, key: jax.Array) -> tuple["Dataset", "Dataset"]:
-        """(the rest, `fraction` of the episodes, rounded, at least one), whole ones drawn by `key`, in their order."""
-        episode = np.searchsorted(last_steps(self.data), np.arange(self.size))
-        count = int(episode[-1]) + 1
-        if not 0 < fraction < 1 or count < 2:
-            raise UserError(f"no {fraction} of {count} episodes can be held out: say 0 < holdout < 1, of two or more")
-        taken = permutation(key, count)[:np.clip(round(fraction * count), 1, count - 1)]
-        held_out = np.isin(episode, taken)
-        return tuple(Dataset.create(jax.tree.map(lambda x, rows=rows: x[rows], self.data), self.action_space)
-                     for rows in (~held_out, held_out))
-
     def save(self, path: str | os.PathLike) -> None:
         write_arrays(path, self.data)
 

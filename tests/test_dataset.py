@@ -23,10 +23,6 @@ PLANTED_ERRORS = {
     "one step less left": (FILE, "- np.arange(n) + 1", "- np.arange(n)"),
     "shortest first": (FILE, "np.argsort(-left", "np.argsort(left"),
     "last window of an episode lost": (FILE, "(self.left >= length)", "(self.left > length)"),
-    "split within an episode": (FILE, "episode = np.searchsorted(last_steps(self.data), ", "episode = ("),
-    "training data held out too": (FILE, "lambda x: x[~held_out]", "lambda x: x"),
-    "always the same held out": (FILE, "permutation(key, count)[", "np.arange(count)["),
-    "all held out": (FILE, "np.clip(round(fraction * count), 1, count - 1)", "max(1, round(fraction * count))"),
     "pickles allowed": (FILE, "allow_pickle=False", "allow_pickle=True"),
     "written in place": (FILE, 'pathlib.Path(f"{path}.partial")', 'pathlib.Path(f"{path}")'),
     "never quite full": (FILE, "(self.size + n, self.capacity)", "(self.size + n, self.capacity - 1)"),
@@ -180,26 +176,6 @@ def test_training_on_a_buffer_does_not_copy_it():
         buffers, _ = compiled(buffers, keys)
     assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * seeds * capacity * 14
     np.testing.assert_array_equal(buffers.size, [40, 40])
-
-
-@pytest.mark.parametrize("fraction, count", [(0.25, 1), (0.5, 2), (0.99, 4), (0.01, 1)])
-def test_whole_episodes_are_held_out(fraction, count):
-    """Five episodes, the last unfinished: of each, all steps on one side, in their order."""
-    data, episodes = Dataset.create(transitions(0, 14, [2, 3, 8, 12])), [range(3), [3], range(4, 9), range(9, 13), [13]]
-    drawn = set()
-    for seed in range(20):
-        sides = [part.data["number"].tolist() for part in data.split(fraction, jax.random.key(seed))]
-        assert [sorted(numbers) for numbers in sides] == sides and sorted(sum(sides, [])) == list(range(14))
-        held = [i for i, episode in enumerate(episodes) if episode[0] in sides[1]]
-        assert sides[1] == [n for i in held for n in episodes[i]] and len(held) == count
-        drawn.update(held)
-    assert drawn == set(range(5))
-
-
-def test_what_cannot_be_split_is_named():
-    for data, fraction in ((transitions(0, 6, [5]), 0.5), (transitions(0, 6, [2]), 0.0), (transitions(0, 6, [2]), 1.0)):
-        with pytest.raises(UserError, match="held out: say"):
-            Dataset.create(data).split(fraction, jax.random.key(0))
 
 
 def test_files_give_back_what_was_put_into_them(tmp_path):
