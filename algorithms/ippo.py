@@ -35,7 +35,7 @@ Decides: lr (3e-4 here, 1e-3 in configs/ippo_tracking.py); num_envs · num_steps
 clear difference on simple_spread: after 1M steps of configs/ippo_spread.py −60.3 with it, −60.7 without.
 Cost: num_steps environment steps and passes of N actors, two passes of N critics over num_envs · num_steps, then
 num_epochs passes of both, forwards and backwards. All but the first take 93% of the time on multi_agent_tracking.
-Expect: 1.91, the sum over six agents, on multi_agent_tracking after 100k steps with configs/ippo_tracking.py, IQM of 16
+Expect: 1.90, the sum over six agents, on multi_agent_tracking after 100k steps with configs/ippo_tracking.py, IQM of 16
 seeds. No policy earns more than 2.04.
 """
 import pathlib
