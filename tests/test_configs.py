@@ -86,9 +86,14 @@ def test_a_config_fits_its_algorithm_and_its_environment(name):
     assert returns.shape[0] == 2 and length.shape == (2,)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+def is_child(name):
+    return "Child of" in (ROOT / "algorithms" / f"{name}.py").read_text()
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow) if is_child(name) else name for name in ALGORITHMS])
 def test_an_algorithm_trains_resumes_and_is_evaluated(name, tmp_path, monkeypatch):
-    """By its first config. The programs of the resume are those of the start, so they are compiled once."""
+    """By its first config; a child has the hooks of its parent. Start and resume share their programs."""
     configs = [config for other in CONFIGS if (config := get_config(other)).algorithm == name]
     config = (configs or [get_config(name, "algorithms")])[0]
     if "dataset" in config:
