@@ -342,7 +342,8 @@ def summary_of(job, seeds, row, compile_seconds, train_seconds, devices):
     config, final = job.config, {name: summarize(row[name]) for name in job.scores}
     env_steps, updates = (int(np.median(row[name])) for name in ("env_steps", "updates"))
     taken = env_steps - config.get("random_steps", 0)
-    others = {k: summarize(v) for k, v in row.items() if k not in (*job.scores, "env_steps", "updates")}
+    others = {k: summarize(v) for k, v in row.items() if k not in (*job.scores, "env_steps", "updates")
+              and np.isfinite(v).all()}  # NaN: no episode ended, or it is of an evaluation that was not due
     return dict(
         algorithm=config.algorithm, env=config.env, seeds=seeds.tolist(), env_steps=env_steps, updates=updates,
         score=job.scores, final=final[job.scores[0]] if len(final) == 1 else final, **others,
