@@ -246,7 +246,6 @@ def fit(job, state, folder, logger, save_every, chunk):
     evaluations = stops_of(iterations, budget / config.eval_every)
     rows = sorted({*evaluations, *stops_of(iterations, budget / config.get("log_every", config.eval_every))})
     seeds = totals[1].shape[0]
-    bar = cli.progress_bar(f" {job.clock.replace('_', ' ')}", *(n * job.iteration * seeds for n in (iterations, i)))
     chunk = chunk if alone else iterations  # processes must cut alike; their clocks differ
     size, writer = chunk or 1, checkpoint.Writer(folder / "checkpoints", save_every)
 
@@ -255,7 +254,8 @@ def fit(job, state, folder, logger, save_every, chunk):
         if logger:
             writer.save(i, saved, dict(iteration=i, since=since, rows=logger.rows, seconds=seconds, score=score))
 
-    with sigterm() as told_to_stop:
+    steps = (n * job.iteration * seeds for n in (iterations, i))
+    with sigterm() as told_to_stop, cli.progress_bar(f" {job.clock.replace('_', ' ')}", *steps) as bar:
         for stop in [stop for stop in rows if stop > i]:
             while i < stop:
                 began, upto = time.perf_counter(), min(i + size, stop)
@@ -281,7 +281,6 @@ def fit(job, state, folder, logger, save_every, chunk):
                 best = best if score is None else max(best, score)
             bar.set_postfix({name: f"{np.nanmean(row[name]):.4g}" for name in job.scores if stop in evaluations})
     writer.close()
-    bar.close()
     return row, seconds
 
 
