@@ -436,6 +436,10 @@ def test_training_returns_are_of_each_agent():
     env, config = probes.batch(Game()), make_config()
     run = start(jax.random.key(0), env, config)
     after, info = ippo.train_step(run, jax.random.key(1), env, config)
+    _, (obs, _, _, step) = ippo.rollout(run, jax.random.split(jax.random.key(1))[0], env, config)
+    error = np.asarray(step.reward) - np.asarray(ippo.critic(run, obs))  # every step ends an episode
+    explained = 1 - error.var((0, 1)) / np.asarray(step.reward).var((0, 1))  # of each agent
+    np.testing.assert_allclose(info["explained_variance"], explained.mean(), rtol=1e-3)
     assert info["episode"]["return"].shape == (2,) and info["episode"]["count"] == 8 * 16
     assert len(set(np.asarray(info["episode"]["return"]))) == 2
     assert run.clock.env_steps == 0 and after.clock.env_steps == 8 * 16

@@ -457,7 +457,13 @@ def test_rows_are_means_since_the_row_before(play):
 
 
 def test_evaluation_has_its_own_environment_and_episodes(play):
-    summary, metrics = play(env_kwargs=dict(pay=2.0), eval_env_kwargs=dict(pay=5.0))
+    class Measures(Play):
+        @staticmethod
+        def measure(run, key, source, config):
+            return dict(pay=jnp.float32(source.env.pay), copies=jnp.int32(source.num_envs))
+
+    summary, metrics = play(method=Measures, env_kwargs=dict(pay=2.0), eval_env_kwargs=dict(pay=5.0))
+    assert (metrics["pay"] == 5).all() and (metrics["copies"] == 2).all()  # of the evaluation, num_envs of them
     assert 15 < summary["final"]["mean"] < 15.3
     np.testing.assert_array_equal(metrics["length"][2], 3)
     np.testing.assert_array_equal(metrics["return"][2], metrics["return"][5])  # the same episodes every time
@@ -551,6 +557,24 @@ def test_an_evaluation_is_of_one_episode_each():
     np.testing.assert_array_equal(length, ends)
     np.testing.assert_array_equal(returns, ends * (ends + 1) / 2)
     assert len(set(ends)) > 2
+
+    def observe(carry, step):  # it holds the observation that was acted on, and another one as its successor
+        return carry + (step.obs[:, 0] != step.next_obs[:, 0]) + 100 * (step.obs[:, 0] != seen[-1])
+
+    seen = []
+
+    def act(carry, obs, key):
+        seen.append(obs[:, 0])
+        return carry, carry[:, None]  # what was observed is what is done next
+
+    class Tells(Falls):
+        def step(self, key, state, action):
+            state, step = super().step(key, state, action)
+            obs = jnp.float32(10 * state[1] + state[0])[None]
+            return state, step._replace(reward=action[0], obs=obs, next_obs=obs)
+
+    returns, _ = evaluate(act, Batch(Tells(), 7), jax.random.key(3), jnp.zeros(7), observe)
+    np.testing.assert_array_equal(returns, ends * (ends - 1) / 2)  # 0, then 1 after one transition, and so on
 
 
 def test_scores_by_hand():
