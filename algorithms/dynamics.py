@@ -33,6 +33,7 @@ from flax import linen as nn
 from flax import struct
 
 from core.clock import Clock
+from core.config import count, fraction, positive
 from core.envs import make_env
 from core.errors import UserError
 from core.networks import MLP
@@ -45,14 +46,14 @@ def get_config():
         env="cartpole_swingup",  # whose features the network sees
         env_kwargs=dict(),
         dataset="runs/icem_online_cartpole/collect/data.npz",
-        updates=10_000,
-        eval_every=500,  # updates
-        hidden_dims=(64, 64),
-        lr=1e-3,  # at first
-        batch_size=64,
-        holdout=0.2,  # of the episodes
-        rollout_steps=25,  # of rollout_error
-        num_windows=256,  # of rollout_error, too
+        updates=count(10_000),
+        eval_every=count(500),  # updates
+        hidden_dims=count((64, 64)),
+        lr=positive(1e-3),  # at first
+        batch_size=count(64),
+        holdout=fraction(0.2),  # of the episodes
+        rollout_steps=count(25),  # of rollout_error
+        num_windows=count(256),  # of rollout_error, too
     ))
 
 

@@ -61,8 +61,8 @@ from flax import struct
 
 from core import ekf, planning
 from core.clock import Clock
-from core.envs import Transition, ended, hidden, repeat, restart
-from core.errors import UserError, check_choices
+from core.config import choice, count, fraction, nonnegative, positive, whole
+from core.envs import Box, Transition, ended, hidden, repeat, require, restart
 
 
 def get_config():
@@ -70,27 +70,28 @@ def get_config():
         algorithm=pathlib.Path(__file__).stem,  # so a copied file launches itself
         env="pursuit_evasion_lqr",
         env_kwargs=dict(process_noise=0.0, reveal=False),  # its own settings
-        num_envs=1,  # each with its own truth, belief and plan
-        num_steps=1,  # of each environment in one train_step
-        env_steps=250,  # one episode
-        log_every=10,  # env steps between rows of metrics.csv
-        eval_every=250,  # env steps between evaluations
-        eval_episodes=1,  # for each seed; each starts from the prior, so one more tells no more than one more seed
+        num_envs=count(1),  # each with its own truth, belief and plan
+        num_steps=count(1),  # of each environment in one train_step
+        env_steps=count(250),  # one episode
+        log_every=count(10),  # env steps between rows of metrics.csv
+        eval_every=count(250),  # env steps between evaluations
+        eval_episodes=count(1),  # of each seed; each starts from the prior, so one more seed tells as much
         about="gain",  # what is unknown: "params", or here also "gain" or "cost"
         learn=True,
-        explore="none",  # or independent, joint, task
-        info_weight=50.0,  # λ, task cost for a nat
-        actions="plan",  # or random
-        prior_var=0.5,
-        obs_var=0.01,
-        num_linearizations=1,  # of f in one update; about="cost" is so curved that it takes 8
-        drift_var=0.0,
-        drift_decay=1.0,
-        drift_floor=0.0,
-        horizon=20,
-        kept_elites=15,  # plans that the next iteration and the next step start from
-        planner=dict(num_samples=500, num_elites=50, num_iterations=5, decay=1.25, init_std=0.5, noise_beta=2.0,
-                     momentum=0.1),  # of iCEM: core/planning.py
+        explore=choice("none", "independent", "joint", "task"),
+        info_weight=nonnegative(50.0),  # λ, task cost for a nat
+        actions=choice("plan", "random"),
+        prior_var=positive(0.5),
+        obs_var=positive(0.01),
+        num_linearizations=count(1),  # of f in one update; about="cost" is so curved that it takes 8
+        drift_var=nonnegative(0.0),
+        drift_decay=fraction(1.0),
+        drift_floor=nonnegative(0.0),
+        horizon=count(20),
+        kept_elites=whole(15),  # plans that the next iteration and the next step start from
+        planner=dict(num_samples=count(500), num_elites=count(50), num_iterations=count(5), decay=positive(1.25),
+                     init_std=positive(0.5), noise_beta=nonnegative(2.0),
+                     momentum=fraction(0.1)),  # of iCEM: core/planning.py
     ))
 
 
@@ -195,9 +196,7 @@ class Run(NamedTuple):
 
 
 def init(key, source, config):
-    check_choices(config, explore=("none", "independent", "joint", "task"), actions=("plan", "random"))
-    if not hasattr(getattr(source, "env", None), "unknown"):
-        raise UserError(f'{config.algorithm} needs an environment with a hidden truth: "{config.env}" has no `unknown`')
+    require(source, config, actions=(Box,), offers=("unknown", "cost", "terminal_cost"))
     agent, (env_state, obs) = Agent(config, source.env), source.reset(key)
     carry = repeat(agent.start(), source.num_envs)
     measures = {agent.unknown.error_name: jnp.float32(0), "variance": jnp.float32(0)}

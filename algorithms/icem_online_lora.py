@@ -28,9 +28,10 @@ from flax.traverse_util import flatten_dict
 
 from core import ekf, planning
 from core.clock import Clock
+from core.config import choice, count, fraction, nonnegative, positive, whole
 from core.dataset import read_arrays
-from core.envs import Transition, ended, hidden, repeat, restart
-from core.errors import UserError, check_choices
+from core.envs import Box, Transition, ended, hidden, repeat, require, restart
+from core.errors import UserError
 from core.evaluation import evaluate
 from core.networks import MLP
 
@@ -40,34 +41,36 @@ def get_config():
         algorithm=pathlib.Path(__file__).stem,  # so a copied file launches itself
         env="cartpole_swingup",
         env_kwargs=dict(reveal=False),  # the environment's own settings
-        num_envs=1,  # each with its own truth, belief and plan
-        num_steps=1,  # of every environment in one train_step, always
-        env_steps=200,  # one episode
-        log_every=5,
-        eval_every=200,
-        eval_episodes=1,  # of each seed: fresh ones, in which it learns from the prior again
+        num_envs=count(1),  # each with its own truth, belief and plan
+        num_steps=count(1),  # of every environment in one train_step, always
+        env_steps=count(200),  # one episode
+        log_every=count(5),
+        eval_every=count(200),
+        eval_episodes=count(1),  # of each seed: fresh ones, in which it learns from the prior again
         rehearse=False,  # also play evaluation episodes with the weights of the moment, which stay fixed: `rehearsal`
-        hidden_dims=(64, 64),
+        hidden_dims=count((64, 64)),
         pretrained="",  # file of weights and scaling (algorithms/dynamics.py); none: random weights
         learn=True,
-        adapt="lora_xs",  # or tiny_lora
-        lora_rank=8,  # r
-        lora_size=16,  # of v_l, tiny_lora
-        belief="full",  # or diagonal, low_rank
-        belief_rank=8,  # of low_rank
-        prior_var=0.1,  # P_0 = prior_var · I
-        obs_var=1e-3,  # R_0 = obs_var · I
-        num_linearizations=1,  # of g in one update
-        forgetting=1.0,  # λ
-        drift_var=0.0,  # q_0
-        noise_rate=0.0,  # ρ
-        horizon=25,
-        kept_elites=3,  # from one step to the next
-        planner=dict(num_samples=40, num_elites=10, num_iterations=3, decay=1.25, init_std=0.5, noise_beta=2.0,
-                     momentum=0.1),
+        adapt=choice("lora_xs", "tiny_lora"),
+        lora_rank=count(8),  # r
+        lora_size=count(16),  # of v_l, tiny_lora
+        belief=choice("full", "diagonal", "low_rank"),
+        belief_rank=count(8),  # of low_rank
+        prior_var=positive(0.1),  # P_0 = prior_var · I
+        obs_var=positive(1e-3),  # R_0 = obs_var · I
+        num_linearizations=count(1),  # of g in one update
+        forgetting=positive(1.0),  # λ
+        drift_var=nonnegative(0.0),  # q_0
+        noise_rate=fraction(0.0),  # ρ
+        horizon=count(25),
+        kept_elites=whole(3),  # from one step to the next
+        planner=dict(num_samples=count(40), num_elites=count(10), num_iterations=count(3), decay=positive(1.25),
+                     init_std=positive(0.5), noise_beta=nonnegative(2.0), momentum=fraction(0.1)),
         # launchers.collect and launchers.pretrain read these two sections
-        collect=dict(episodes=20, num_envs=10, learn=False, env_kwargs=dict(reveal=True), action_noise=0.3),
-        pretrain=dict(updates=10_000, eval_every=500, batch_size=64, lr=1e-3, holdout=0.2, rollout_steps=25),
+        collect=dict(episodes=count(20), num_envs=count(10), learn=False, env_kwargs=dict(reveal=True),
+                     action_noise=nonnegative(0.3)),
+        pretrain=dict(updates=count(10_000), eval_every=count(500), batch_size=count(64), lr=positive(1e-3),
+                      holdout=fraction(0.2), rollout_steps=count(25)),
     ))
 
 
@@ -172,7 +175,7 @@ class Run(NamedTuple):
 
 
 def init(key, source, config):
-    check_choices(config, adapt=("lora_xs", "tiny_lora"), belief=("full", "diagonal", "low_rank"))
+    require(source, config, actions=(Box,), offers=("cost", "terminal_cost"))
     agent_key, env_key = jax.random.split(key)
     env_state, obs = source.reset(env_key)
     agent = Agent.create(agent_key, hidden.split(source.env, obs)[0][0], source.env, config)

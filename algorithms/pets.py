@@ -54,9 +54,10 @@ from flax import struct
 
 from core import planning
 from core.clock import Clock
+from core.config import choice, count, fraction, nonnegative, positive, whole
 from core.dataset import ReplayBuffer
-from core.envs import ended, repeat, restart
-from core.errors import UserError, check_choices
+from core.envs import Box, ended, repeat, require, restart
+from core.errors import UserError
 from core.train_state import TrainState
 
 
@@ -65,32 +66,32 @@ def get_config():
         algorithm=pathlib.Path(__file__).stem,  # so a copied file launches itself
         env="cartpole_swingup",
         env_kwargs=dict(),  # its own settings
-        num_envs=1,
-        num_steps=200,  # of every environment, between two fits
-        env_steps=2200,  # the budget of one seed, over all its environments, random_steps included
-        random_steps=200,  # before the first fit
-        eval_every=2200,
-        eval_episodes=3,
-        log_every=200,
-        num_members=5,  # B
-        hidden_dims=(200, 200),
-        weight_decay=2.5e-4,  # λ
+        num_envs=count(1),
+        num_steps=count(200),  # of every environment, between two fits
+        env_steps=count(2200),  # the budget of one seed, over all its environments, random_steps included
+        random_steps=whole(200),  # before the first fit
+        eval_every=count(2200),
+        eval_episodes=count(3),
+        log_every=count(200),
+        num_members=count(5),  # B
+        hidden_dims=count((200, 200)),
+        weight_decay=nonnegative(2.5e-4),  # λ
         log_var_bounds=(-10.0, 0.5),  # ℓ_min and ℓ_max at the start
-        bound_coef=0.01,  # κ
-        lr=1e-3,
-        num_updates=1000,  # of a fit
-        batch_size=32,  # of each member
-        min_std=1e-6,  # an input that varies less keeps its scale
-        propagation="tsinf",  # or ts1
-        num_particles=5,  # P
-        far=100.0,  # standard deviations
-        horizon=25,  # H
-        search="icem",  # or cem; `planner` holds its keywords
-        planner=dict(num_samples=40, num_elites=10, num_iterations=3, momentum=0.1,
-                     decay=1.25,  # of num_samples, from iteration to iteration
-                     init_std=0.5,  # in half-widths of the action box
-                     noise_beta=2.0),
-        kept_elites=3,  # 0 for cem
+        bound_coef=nonnegative(0.01),  # κ
+        lr=positive(1e-3),
+        num_updates=count(1000),  # of a fit
+        batch_size=count(32),  # of each member
+        min_std=positive(1e-6),  # an input that varies less keeps its scale
+        propagation=choice("tsinf", "ts1"),
+        num_particles=count(5),  # P
+        far=positive(100.0),  # standard deviations
+        horizon=count(25),  # H
+        search=choice("icem", "cem"),  # `planner` holds its keywords
+        planner=dict(num_samples=count(40), num_elites=count(10), num_iterations=count(3), momentum=fraction(0.1),
+                     decay=positive(1.25),  # of num_samples, from iteration to iteration
+                     init_std=positive(0.5),  # in half-widths of the action box
+                     noise_beta=nonnegative(2.0)),
+        kept_elites=whole(3),  # 0 for cem
         smoke=dict(num_steps=10, num_updates=10, random_steps=20, horizon=5, planner=dict(num_samples=8, num_elites=4)),
     ))
 
@@ -228,7 +229,7 @@ class Run(NamedTuple):
 
 
 def init(key, source, config):
-    check_choices(config, propagation=("ts1", "tsinf"), search=("cem", "icem"))
+    require(source, config, actions=(Box,), offers=("cost", "terminal_cost"))
     if config.num_particles % config.num_members:
         raise UserError(f"num_particles = {config.num_particles} is no multiple of num_members = {config.num_members}")
     if ("init_std" in config.planner) != (config.search == "icem"):

@@ -38,8 +38,9 @@ from flax import linen as nn
 from flax import struct
 
 from core.clock import Clock
+from core.config import count, fraction, nonnegative, positive
 from core.dataset import permutation
-from core.envs import Discrete, ended
+from core.envs import Discrete, ended, require
 from core.errors import UserError
 from core.networks import MLP
 from core.normalize import RewardScale, RunningMeanStd
@@ -51,24 +52,24 @@ def get_config():
     return ml_collections.ConfigDict(dict(
         algorithm=pathlib.Path(__file__).stem,  # so a copied file launches itself
         env="gymnax/CartPole-v1",
-        num_envs=4,
-        num_steps=128,  # T, steps of every env in one rollout
-        env_steps=500_000,  # the budget of one seed, over all its envs
-        eval_every=50_000,  # env steps between evaluations
-        eval_episodes=64,
-        hidden_dims=(64, 64),
-        lr=2.5e-4,
+        num_envs=count(4),
+        num_steps=count(128),  # T, steps of every env in one rollout
+        env_steps=count(500_000),  # the budget of one seed, over all its envs
+        eval_every=count(50_000),  # env steps between evaluations
+        eval_episodes=count(64),
+        hidden_dims=count((64, 64)),
+        lr=positive(2.5e-4),
         anneal_lr=True,  # linearly to 0 at the end of the budget
-        max_grad_norm=0.5,
-        discount=0.99,  # γ
-        gae_lambda=0.95,  # λ
-        num_epochs=4,
-        num_minibatches=4,
-        clip=0.2,  # ε, of the ratio and of the change of V
-        value_coef=0.5,  # c_V
-        entropy_coef=0.01,  # c_H
-        init_std=1.0,  # of a continuous action, in half widths of its box
-        adam_eps=1e-5,
+        max_grad_norm=positive(0.5),
+        discount=fraction(0.99),  # γ
+        gae_lambda=fraction(0.95),  # λ
+        num_epochs=count(4),
+        num_minibatches=count(4),
+        clip=positive(0.2),  # ε, of the ratio and of the change of V
+        value_coef=nonnegative(0.5),  # c_V
+        entropy_coef=nonnegative(0.01),  # c_H
+        init_std=positive(1.0),  # of a continuous action, in half widths of its box
+        adam_eps=positive(1e-5),
         normalize_obs=False,
         normalize_reward=False,
     ))
@@ -161,6 +162,7 @@ class Run(NamedTuple):
 
 
 def init(key, source, config):
+    require(source, config)
     env_key, agent_key = jax.random.split(key)
     env_state, obs = source.reset(env_key)
     agent = Agent.create(agent_key, obs, source.action_space, config)

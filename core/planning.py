@@ -37,6 +37,8 @@ import numpy as np
 from jax import lax
 from jax.extend.random import threefry_2x32
 
+from core.errors import UserError
+
 CostFn = Callable[[jax.Array], jax.Array]
 Info = dict[str, jax.Array]
 
@@ -65,6 +67,8 @@ def icem(key: jax.Array, cost_fn: CostFn, carry: Carry, low: jax.Array, high: ja
     """
     (horizon, num_kept, action_dim), box = carry.elites.shape, (low[None, None], high[None, None])
     sizes = population_sizes(num_samples, num_elites, num_iterations, decay)
+    if num_kept > num_elites:
+        raise UserError(f"kept_elites = {num_kept} of num_elites = {num_elites}: there cannot be more")
     # All noise in one call: the last num_kept columns give the shifted elites their new last action.
     noise = coloured_noise(key, noise_beta, (horizon, sum(sizes) + num_kept, action_dim))
     noise = jnp.split(noise, np.cumsum(sizes), axis=1)
@@ -100,6 +104,7 @@ def cem(key: jax.Array, cost_fn: CostFn, carry: Carry, low: jax.Array, high: jax
 
     It starts from σ = (high − low) / 4 and executes the first action of μ. The paper also stops at a small variance.
     """
+    population_sizes(num_samples, num_elites, num_iterations, decay=1.0)  # refuses what cannot be
     middle = initial_carry(low, high, 1).mean
     noise = jax.random.truncated_normal(key, -2.0, 2.0, (num_iterations, len(carry.mean), num_samples, low.size))
 
@@ -136,6 +141,8 @@ def trajectory_cost(dynamics: Callable, cost: Callable, terminal_cost: Callable,
 
 
 def population_sizes(num_samples: int, num_elites: int, num_iterations: int, decay: float) -> tuple[int, ...]:
+    if num_elites > num_samples:
+        raise UserError(f"num_elites = {num_elites} of num_samples = {num_samples}: there cannot be more")
     sizes = [num_samples]
     for _ in range(num_iterations - 1):
         sizes.append(max(2 * num_elites, int(sizes[-1] / decay)))

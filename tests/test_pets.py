@@ -524,13 +524,9 @@ def test_seeds_under_vmap_match_seeds_alone():
     assert len(np.unique(z[:, 8:18, 1])) == 30
 
 
-@pytest.mark.parametrize("changes, culprit", [
-    (dict(propagation="ts2"), 'propagation = "ts2" is none of ts1, tsinf'),
-    (dict(search="mppi"), 'search = "mppi"'),
-    (dict(num_particles=3), "num_particles = 3 is no multiple of num_members = 2")])
-def test_wrong_settings_are_named(changes, culprit):
-    env, config = make(**changes)
-    with pytest.raises(UserError, match=culprit):
+def test_particles_that_no_member_gets_are_named():
+    env, config = make(num_particles=3)
+    with pytest.raises(UserError, match="num_particles = 3 is no multiple of num_members = 2"):
         pets.init(jax.random.key(0), env, config)
 
 

@@ -6,6 +6,7 @@ import types
 
 import numpy as np
 
+from core.config import check_settings
 from core.envs.interface import Box, Discrete, TimeStep
 from core.errors import UserError
 
@@ -18,6 +19,7 @@ class Env:
             hint = f'; did you mean "gymnax/{close[0]}"?' if close else ""
             raise UserError(f'unknown environment "gymnax/{name}"{hint}')
         self.env, defaults = gymnax.make(name)
+        check_settings(f"gymnax/{name}", params, vars(defaults))
         self.params = defaults.replace(**params)
         self.max_steps = int(self.params.max_steps_in_episode)
         space = self.env.action_space(self.params)

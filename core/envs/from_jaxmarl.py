@@ -35,7 +35,10 @@ class Env:
             hint = f'; did you mean "jaxmarl/{close[0]}"?' if close else ""
             raise UserError(f'unknown environment "jaxmarl/{name}"{hint}')
         with jax.ensure_compile_time_eval():  # inside a program, too, its constants are numbers
-            self.env = jaxmarl.make(name, **kwargs)
+            try:
+                self.env = jaxmarl.make(name, **kwargs)
+            except (TypeError, ValueError, AssertionError) as error:
+                raise UserError(f'"jaxmarl/{name}" with {kwargs}: {error}') from error
         self.agents, self.num_agents, self.max_steps = self.env.agents, self.env.num_agents, _episode_length(self.env)
         self.spaces = [self.env.action_space(agent) for agent in self.agents]
         self.action_space = _common(name, self.spaces)

@@ -61,7 +61,12 @@ class Unknown(NamedTuple):
 
 
 def check(env: Any) -> None:
-    """The options of `env` that contradict each other."""
+    """The options of `env` that contradict each other, or the factors of `spread`."""
+    if env.spread < 1:
+        raise UserError(f"spread = {env.spread}: a factor from 1 on, which means no spread")
+    known = env.truth._fields
+    if unknown := [name for name, _ in env.jump_by if name not in known]:
+        raise UserError(f'jump_by names "{unknown[0]}", which is none of {", ".join(known)}')
     if env.jump_step >= env.max_steps:
         raise UserError(f"jump_step = {env.jump_step} never comes: an episode has max_steps = {env.max_steps}")
 

@@ -32,6 +32,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from core.errors import UserError
+
 
 class TimeStep(NamedTuple):
     obs: jax.Array  # what the policy sees next: the first observation of a new episode after an end
@@ -119,3 +121,18 @@ class Box(NamedTuple):
     def clip(self, action: jax.Array) -> jax.Array:
         low, high = (jnp.broadcast_to(jnp.asarray(x, jnp.float32), action.shape) for x in (self.low, self.high))
         return jnp.clip(action, low, high)
+
+
+def require(env: Any, config: Any, actions: tuple = (Discrete, Box), agents: bool = False,
+            offers: tuple[str, ...] = ()) -> None:
+    """Raises UserError where a method cannot act in `env`, the batch that `config` names: its kinds of `actions`;
+    `agents`, whether it plays games of several; `offers`, what it needs of those that the table above lists."""
+    lacks = [f'no "{name}"' for name in offers if not hasattr(env.env, name)]
+    if (env.num_agents is not None) != agents:
+        lacks.append("several agents" if env.num_agents is not None else "one agent")
+    if not isinstance(env.action_space, actions):
+        lacks.append("discrete actions" if isinstance(env.action_space, Discrete) else "continuous actions")
+    elif "cost" in offers and not np.isfinite([env.action_space.low, env.action_space.high]).all():
+        lacks.append("actions without bounds, among which no plan can be drawn")
+    if lacks:
+        raise UserError(f'{config.algorithm} cannot act in "{config.env}", which has {" and ".join(lacks)}')
