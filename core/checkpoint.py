@@ -1,21 +1,24 @@
 """The whole run to disk and back, bit for bit.
 
 A checkpoint is one file, `step_<n>.npz`: every array under its path in the tree, and `meta.json`, the text as bytes.
-The zip format keeps a checksum of each of them. The file is written beside its place, flushed to disk and renamed into
-its place, so it is there whole or not at all; `numpy.load` reads it.
+The zip format keeps a checksum of each of them. The file is there whole or not at all; `numpy.load` reads it.
 """
 import concurrent.futures
+import contextlib
 import json
+import math
 import os
 import pathlib
 import time
 import zipfile
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
+from core import files
 from core.errors import UserError
 
 META = "meta.json"
@@ -62,6 +65,11 @@ class Writer:
         if pending is not None:
             pending.result()
 
+    def check(self) -> None:
+        """Raises what went wrong, unless the last checkpoint is still being written."""
+        if self.pending is not None and self.pending.done():
+            self.wait()
+
     def close(self) -> None:
         try:
             self.wait()
@@ -71,11 +79,11 @@ class Writer:
 
 def steps(folder: pathlib.Path) -> list[pathlib.Path]:
     """The checkpoints of a run, oldest first."""
-    return sorted(pathlib.Path(folder).glob("step_*.npz"))
+    return sorted(pathlib.Path(folder).glob(f"step_{12 * '[0-9]'}.npz"))
 
 
 def best(folder: pathlib.Path) -> pathlib.Path:
-    known = [(score, path) for path in steps(folder) if (score := read_meta(path)["score"]) is not None]
+    known = [(score, path) for path in steps(folder) if (score := score_of(path, warn=True)) is not None]
     if not known:
         raise UserError(f"{folder} has no best checkpoint: none has one score (a game between teams has several)")
     return max(known)[1]
@@ -86,17 +94,11 @@ def restore(path: pathlib.Path, like: Any, needed: Any = None) -> tuple[Any, dic
     read. `needed`, a tree of bools, says which arrays are read: the others are zeros that take no memory."""
     leaves, treedef = jax.tree.flatten_with_path(like)
     needed = [True] * len(leaves) if needed is None else jax.tree.leaves(needed)
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
-            meta = json.loads(stored[META].tobytes())
-            if missing := [name for path_of, _ in leaves if (name := name_of(path_of)) not in stored.files]:
-                raise UserError(f"{path} was written by another version of this algorithm: it has no {missing[0]}")
-            values = [place(stored[name_of(path_of)] if read else None, leaf, f"{path}: {name_of(path_of)}")
-                      for (path_of, leaf), read in zip(leaves, needed, strict=True)]
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        raise DamagedCheckpoint(f"checkpoint {path} is damaged: {' '.join(str(error).split())}") from error
+    with opened(path) as (stored, meta):
+        if missing := [name for path_of, _ in leaves if (name := name_of(path_of)) not in stored.files]:
+            raise UserError(f"{path} was written by another version of this algorithm: it has no {missing[0]}")
+        values = [place(stored[name_of(path_of)] if read else None, leaf, f"{path}: {name_of(path_of)}")
+                  for (path_of, leaf), read in zip(leaves, needed, strict=True)]
     return jax.tree.unflatten(treedef, values), meta
 
 
@@ -110,12 +112,32 @@ def restore_newest(folder: pathlib.Path, like: Any, needed: Any = None) -> tuple
     raise UserError(f"no usable checkpoint in {folder}")
 
 
-def read_meta(path: pathlib.Path) -> dict:
+@contextlib.contextmanager
+def opened(path: pathlib.Path) -> Iterator[tuple[Any, dict]]:
+    """(arrays, meta) of a checkpoint, which need not be one."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
-            return json.loads(stored[META].tobytes())
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            meta = json.loads(stored[META].tobytes(), parse_int=files.whole_number)
+            if type(meta["step"]) is not int or type(meta["score"]) not in (int, float, type(None)):
+                raise ValueError(f"step or score in {META}")
+            yield stored, meta
+    except (UserError, jax.errors.JaxRuntimeError):
+        raise
+    except MemoryError as error:
+        raise UserError(f"{path}: too little memory to read it") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile,
+            zlib.error) as error:
         raise DamagedCheckpoint(f"checkpoint {path} is damaged: {' '.join(str(error).split())}") from error
+
+
+def score_of(path: pathlib.Path, warn: bool = False) -> float | None:
+    try:
+        with opened(path) as (_, meta):
+            return None if meta["score"] is None or math.isnan(meta["score"]) else meta["score"]
+    except DamagedCheckpoint as damage:
+        if warn:
+            print(f"warning: {damage}", flush=True)
+        return None
 
 
 def to_host(tree: Any) -> dict[str, np.ndarray]:
@@ -152,36 +174,24 @@ def place(value: np.ndarray | None, like: Any, name: str) -> Any:
 
 def _write(folder, step, arrays, meta, keep):
     folder.mkdir(parents=True, exist_ok=True)
-    final, partial = folder / f"step_{step:012d}.npz", folder / f".step_{step:012d}.partial"
-    try:
-        with open(partial, "wb") as file:
-            text = np.frombuffer(json.dumps(meta | {"step": step}).encode(), np.uint8)
-            np.savez(file, **arrays, **{META: text})
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, final)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    final = folder / f"step_{step:012d}.npz"
+    with files.replacing(final) as partial, open(partial, "wb") as file:
+        text = np.frombuffer(json.dumps(meta | {"step": step}).encode(), np.uint8)
+        np.savez(file, **arrays, **{META: text})
     sync(folder)
-    prune(folder, keep)
+    prune(folder, step, keep)
     return final
 
 
-def prune(folder: pathlib.Path, keep: int) -> None:
-    """A file goes at once or not at all, so a kill in between leaves whole checkpoints."""
-    scores = {path: score for path in steps(folder) if (score := meta_or_nothing(path).get("score")) is not None}
-    kept = {*steps(folder)[-keep:], *sorted(scores, key=lambda path: (scores[path], path.name))[-1:]}
-    for path in [*steps(folder), *folder.glob(".step_*.partial")]:
+def prune(folder: pathlib.Path, step: int, keep: int = 2) -> None:
+    """Of the checkpoints up to `step`, which is whole, the newest `keep` and the best stay. Later ones are damaged: the
+    run went on from `step`. A file goes at once or not at all, so a kill in between leaves whole checkpoints."""
+    past = [path for path in steps(folder) if path.name <= f"step_{step:012d}.npz"]
+    scores = {path: score for path in past if (score := score_of(path)) is not None}
+    kept = {*past[-keep:], *sorted(scores, key=lambda path: (scores[path], path.name))[-1:]}
+    for path in steps(folder):
         if path not in kept:
             path.unlink(missing_ok=True)
-
-
-def meta_or_nothing(path: pathlib.Path) -> dict:
-    try:
-        return read_meta(path)
-    except DamagedCheckpoint:
-        return {}
 
 
 def sync(folder: pathlib.Path) -> None:

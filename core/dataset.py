@@ -1,6 +1,5 @@
 """Transitions as nested dictionaries of arrays: a `Dataset` that stays as it is, a `ReplayBuffer` that forgets."""
 import os
-import pathlib
 import zipfile
 import zlib
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from core import files
 from core.errors import UserError
 
 
@@ -41,9 +41,15 @@ class Dataset(struct.PyTreeNode):
 
     @classmethod
     def create(cls, data: dict[str, Any], action_space: Any = None) -> "Dataset":
-        sizes = {name: len(leaf) for name, leaf in flatten_dict(data, sep="/").items()}
+        shapes = {name: np.shape(leaf) for name, leaf in flatten_dict(data, sep="/").items()}
+        if scalars := [name for name, shape in shapes.items() if not shape]:
+            raise UserError(f'"{scalars[0]}" of a dataset is one number, not one for each step')
+        sizes = {name: shape[0] for name, shape in shapes.items()}
         if missing := {"terminated", "truncated"} - sizes.keys():
             raise UserError(f'a dataset says where its episodes end: "{min(missing)}" is missing')
+        for name in ("terminated", "truncated"):
+            if len(shapes[name]) != 1:
+                raise UserError(f'"{name}" of a dataset is {shapes[name]}: one number for each step is due')
         n = sizes["truncated"]
         if wrong := [f'"{name}" has {size}' for name, size in sizes.items() if size != n]:
             raise UserError(f'lengths in a dataset differ: "truncated" has {n} entries, {wrong[0]}')
@@ -89,19 +95,23 @@ def last_steps(data: dict[str, Any]) -> np.ndarray:
 
 def write_arrays(path: str | os.PathLike, tree: dict[str, Any]) -> None:
     """One .npz, whole or not at all; the names of a nested dictionary are joined by "/"."""
-    partial = pathlib.Path(f"{path}.partial")
-    with open(partial, "wb") as file:
+    with files.replacing(path) as partial, open(partial, "wb") as file:
         np.savez(file, **jax.tree.map(np.asarray, flatten_dict(tree, sep="/")))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def read_arrays(path: str | os.PathLike) -> dict[str, Any]:
-    """What `write_arrays` wrote: numpy arrays, nested as they were."""
+    """What `write_arrays` wrote: numpy arrays of finite numbers, nested as they were."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:  # a pickle could run anything
-            return unflatten_dict(dict(arrays), sep="/")
+            arrays = dict(arrays)
+            for name, value in arrays.items():
+                if value.dtype.kind not in "biuf":
+                    raise UserError(f"{path}: {name} is of type {value.dtype}, which is no real number")
+                if not np.isfinite(value).all():
+                    raise UserError(f"{path}: {name} has numbers that are not finite")
+            return unflatten_dict(arrays, sep="/")
+    except UserError:
+        raise
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} holds no arrays, or is damaged: {error}") from error
 

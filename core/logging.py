@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from core import files
 from core.errors import UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "distrax", "chex", "numpy", "gymnax", "gymnasium")
@@ -32,12 +33,22 @@ class Logger:
         self.rows = 0 if rows is None else rows
         self.wandb_runs = _wandb_runs(self.workdir, config, seeds, wandb_mode) if wandb_mode != "off" else []
         if rows is None:
-            write(self.workdir / "provenance.json", json.dumps(provenance(settings), indent=1))
-            write(self.workdir / "metrics.csv", "")
-            write(self.workdir / "config.json", json.dumps(config, indent=1))  # last: it says that here lives a run
+            files.write(self.workdir / "provenance.json", json.dumps(provenance(settings), indent=1))
+            files.write(self.workdir / "metrics.csv", "")
+            files.write(self.workdir / "config.json", json.dumps(config, indent=1))  # last: it says that here is a run
         else:
-            lines = (self.workdir / "metrics.csv").read_text().splitlines(keepends=True)
-            write(self.workdir / "metrics.csv", "".join(lines[: rows + 1] if rows else []))
+            self._cut(rows)
+
+    def _cut(self, rows):
+        """Leave the `rows` that the checkpoint knows of: training goes on after them."""
+        path = self.workdir / "metrics.csv"
+        header, *lines = files.text_of(path).splitlines(keepends=True) or [""]
+        if len(lines) < rows:
+            raise UserError(f"{path} is damaged: it has {len(lines)} rows, and its checkpoint counted {rows}")
+        kept = "".join([header, *lines[:rows]]) if rows else ""
+        if rows:
+            parse(kept, path)
+        files.write(path, kept)
 
     def write(self, per_seed: dict[str, np.ndarray]) -> None:
         """One row per seed; every value has one entry per seed. The first column is the clock. NaN is an empty cell."""
@@ -49,18 +60,17 @@ class Logger:
         for i, seed in enumerate(self.seeds):
             row = {k: v[i].item() for k, v in per_seed.items()}
             writer.writerow({"seed": seed} | {k: _cell(v) for k, v in row.items()})
-            if self.wandb_runs:
-                self.wandb_runs[i].log({k: v for k, v in row.items() if not np.isnan(v)}, step=row[clock])
-        with open(self.workdir / "metrics.csv", "a") as file:
-            file.write(text.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
+        files.append(self.workdir / "metrics.csv", text.getvalue())
         self.rows += len(self.seeds)
+        for i, run in enumerate(self.wandb_runs):
+            row = {k: v[i].item() for k, v in per_seed.items()}
+            run.log({k: v for k, v in row.items() if not np.isnan(v)}, step=row[clock])
 
     def close(self, summary: dict[str, Any]) -> None:
-        """`summary["score"]` names the columns that `summary["final"]` is about."""
-        write(self.workdir / "summary.json", json.dumps(summary, indent=1))
+        """`summary["score"]` names the columns that `summary["final"]` is about. The file is the last one of a run: it
+        says that all is there."""
         _curve(self.workdir, summary["score"])
+        files.write(self.workdir / "summary.json", json.dumps(summary, indent=1))
         for i, run in enumerate(self.wandb_runs):
             for name, row in zip(summary["score"], finals(summary), strict=True):
                 run.summary[f"final_{name}"] = row["per_seed"][i]
@@ -78,30 +88,41 @@ def _cell(value):
     return "" if np.isnan(value) else f"{value:.8g}"
 
 
-def write(path: pathlib.Path, text: str) -> None:
-    """The whole file or nothing."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def read_metrics(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     """{column: [rows, seeds]} of metrics.csv; an empty cell is NaN."""
-    with open(pathlib.Path(workdir) / "metrics.csv") as file:
-        rows = list(csv.DictReader(file))
-    num_seeds = len({row["seed"] for row in rows})
-    return {k: np.array([float(row[k] or "nan") for row in rows]).reshape(-1, num_seeds) for k in rows[0]}
+    path = pathlib.Path(workdir) / "metrics.csv"
+    return parse(files.text_of(path), path)
+
+
+def parse(text: str, path: pathlib.Path) -> dict[str, np.ndarray]:
+    """`read_metrics` of the text of the file `path`."""
+    try:
+        header, *rows = list(csv.reader(io.StringIO(text), strict=True)) or [[]]
+        if header[1:2] != ["seed"] or len({*header}) < len(header):
+            raise ValueError("it does not begin with the names of its columns, the second of them seed")
+        if not rows:
+            raise ValueError("it has no row yet")
+        if text[-1] != "\n" or any(len(row) != len(header) for row in rows):
+            raise ValueError("its rows are not all whole")
+        values = np.array([[float(cell or "nan") for cell in row] for row in rows])
+        num_seeds = len({*values[:, 1]})
+        seeds = values[:num_seeds, 1]
+        if len(values) % num_seeds or (values[:, 1].reshape(-1, num_seeds) != seeds).any() or np.isnan(seeds).any():
+            raise ValueError("it has not one row of every seed at each time")
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    return dict(zip(header, values.T.reshape(len(header), -1, num_seeds), strict=True))
 
 
 def provenance(settings: dict) -> dict:
     root = pathlib.Path(__file__).parents[1]
 
     def git(*words):
-        run = subprocess.run(["git", "-C", root, *words], capture_output=True, text=True)
-        return run.stdout.strip() if run.returncode == 0 else None
+        try:
+            run = subprocess.run(["git", "-C", root, *words], capture_output=True)
+        except OSError:  # there is no git here
+            return None
+        return run.stdout.decode(errors="replace").strip() if run.returncode == 0 else None
 
     return dict(
         commit=git("rev-parse", "HEAD"), diff=git("diff", "HEAD"), command=sys.argv, settings=settings,
@@ -146,10 +167,11 @@ def _curve(workdir, names):
         ax.plot(steps, values, color=f"C{i}", alpha=0.25, linewidth=0.8)
         label = f"{name}, median of {values.shape[1]} seeds"
         ax.plot(np.median(steps, axis=1), np.median(values, axis=1), f"C{i}.-", linewidth=2, label=label)
-    ax.set(xlabel=clock.replace("_", " ") + " of a seed", ylabel="score", title=workdir.absolute().name)
+    ax.set(xlabel=clock.replace("_", " ") + " of a seed", ylabel="score", 
+           title=workdir.absolute().name.replace("$", r"\$"))
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
-    partial = workdir / ".curve.partial.png"
-    fig.savefig(partial, dpi=120)
+    picture = io.BytesIO()  # whole before it is written: then a full disk is an error like any other
+    fig.savefig(picture, dpi=120)
     plt.close(fig)
-    os.replace(partial, workdir / "curve.png")
+    files.write(workdir / "curve.png", picture.getvalue())

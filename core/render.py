@@ -8,9 +8,8 @@ plan) the caller appends to `scene.shapes`.
     frames = film(scenes(env, states), reward)   states [T + 1], reward [T] or [T, N] -> [T + 1, H, W, 3] uint8
     write_gif("episode.gif", frames, fps=10)
 """
-import contextlib
+import io
 import os
-import pathlib
 import subprocess
 import warnings
 from collections.abc import Sequence
@@ -19,6 +18,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from core import files
+from core.errors import UserError
 
 Colour = tuple[int, int, int]
 WHITE, GREY, BLACK = (255, 255, 255), (150, 150, 150), (30, 30, 30)
@@ -172,8 +174,9 @@ def write_gif(path: str | os.PathLike, frames: np.ndarray, fps: float = 10) -> N
     sample = frames[np.linspace(0, len(frames) - 1, min(len(frames), 8)).astype(int)]
     palette = Image.fromarray(np.concatenate(sample)).quantize(64, Image.Quantize.MAXCOVERAGE, kmeans=1)
     first, *rest = [Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
-    with replacing(path) as temporary:
-        first.save(temporary, "GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+    film = io.BytesIO()
+    first.save(film, "GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+    files.write(path, film.getvalue())
 
 
 def write_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float = 10) -> None:
@@ -184,19 +187,9 @@ def write_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float = 10) -> N
         raise ImportError("an MP4 needs imageio-ffmpeg: pip install imageio-ffmpeg") from error
     size = f"{frames.shape[2]}x{frames.shape[1]}"
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(fps), "-i", "-"]
-    with replacing(path) as temporary, warnings.catch_warnings():
+    with files.replacing(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)  # JAX warns of any; this one only starts a program
-        subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *source,
-                        "-pix_fmt", "yuv420p", "-f", "mp4", temporary], input=frames.tobytes(), check=True)
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike):
-    """A neighbour of `path` to write to, which takes its place once all is written: nobody meets half a file."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        done = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *source, "-pix_fmt", "yuv420p",
+                               "-f", "mp4", temporary], input=frames.tobytes(), capture_output=True)
+        if done.returncode:  # a full disk, most likely
+            raise UserError(f"{path}: {' '.join(done.stderr.decode(errors='replace').split())}")

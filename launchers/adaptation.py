@@ -12,13 +12,13 @@ The first run knows the truth, reward r*; the second never learns. Each is one e
     nll         of the next state by the run's own model, median over steps
     covered     share of steps whose NIS 95% of right ones stay below;  ms: per step and seed, as it was run
 """
-import json
 import pathlib
 import types
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from core import files
 from core.errors import UserError
 from core.evaluation import cell, iqm
 from core.logging import read_metrics
@@ -57,8 +57,13 @@ def read_run(folder, first):
     for path in (first, folder):
         if not (path / "summary.json").exists():
             raise UserError(f"no finished run in {path}: it has no summary.json")
-    oracle, config, summary = (json.loads(path.read_text()) for path in (
-        first / "config.json", folder / "config.json", folder / "summary.json"))
+    kinds = dict(env=str, env_kwargs=dict, num_envs=int)
+    oracle, config = (files.read(path / "config.json", **kinds) for path in (first, folder))
+    summary = files.read(folder / "summary.json", train_seconds=float | int, env_steps=int, seeds=list)
+    if (taken := summary["env_steps"] * len(summary["seeds"])) <= 0:
+        raise UserError(f"{folder / 'summary.json'} is damaged: {taken} steps of all seeds")
+    if config["num_envs"] < 1 or type(config["env_kwargs"].get("jump_step", 0)) is not int:
+        raise UserError(f"{folder / 'config.json'} is damaged: num_envs or jump_step")
     for settings in (oracle, config):
         settings["env_kwargs"].pop("reveal", None)  # the oracle sees the truth, which is the same
     if differ := [name for name in ("env", "env_kwargs", "num_envs") if config[name] != oracle[name]]:
@@ -70,7 +75,7 @@ def read_run(folder, first):
         raise UserError(f"{folder} is more than one episode: the belief starts again within it")
     return types.SimpleNamespace(
         name=folder.name, config=config, metrics=metrics, regret=regret(folder, first),
-        ms=1e3 * summary["train_seconds"] / (summary["env_steps"] * len(summary["seeds"])))
+        ms=1e3 * summary["train_seconds"] / taken)
 
 
 def timeline(run, within):
@@ -128,7 +133,7 @@ def draw(path, runs, steps, jump):
             for i, run in enumerate(shown, len(runs) - len(shown)):
                 values = run.metrics[name]
                 ax.fill_between(steps, *np.percentile(values, [25, 75], axis=1), color=f"C{i}", alpha=0.15, linewidth=0)
-                ax.plot(steps, [iqm(x) for x in values], color=f"C{i}", label=run.name)
+                ax.plot(steps, [iqm(x) for x in values], color=f"C{i}", label=run.name.replace("$", r"\$"))
             ax.axvline(jump, color="grey", linestyle="--", linewidth=0.8)
             ax.spines[["top", "right"]].set_visible(False)
         left.set(xlabel="step; IQM and quartiles of seeds", title=f"{runs[0].config['env']}, reward per step")

@@ -1,23 +1,27 @@
 """What the launchers share: a function as a program, one-line errors, configs, sources of experience."""
+import ast
+import contextlib
 import difflib
 import functools
 import importlib
 import inspect
-import json
 import os
 import pathlib
 import re
 import sys
+import traceback
 import typing
 
 import jax
+import numpy as np
 import tqdm
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from core import minari
-from core.dataset import Dataset
-from core.envs import make_env
+from core import checkpoint, files, minari
+from core.config import check
+from core.dataset import Dataset, read_arrays
+from core.envs import Discrete, make_env
 from core.errors import UserError
 from core.evaluation import evaluate
 
@@ -26,7 +30,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def run(function):
     """`function` as a program. Its keyword parameters are the flags, `Args:` of its docstring their help, `*names` what
-    the command line gives without a name. A mistake of the user's, or a full disk, is one line and exit status 2."""
+    the command line gives without a name. A mistake of the user's, or a full disk, is one line and exit status 2. Any
+    other exception keeps its traceback, and a line says in whose file it was."""
     parameters, positional = define_flags(function)
 
     def main(argv):
@@ -42,6 +47,8 @@ def run(function):
             sys.exit(_fail(str(error)))
         except OSError as error:
             sys.exit(_fail(f"{error.filename or 'writing'}: {error.strerror or error}"))
+        except Exception as error:
+            sys.exit(_fail_loudly(error))
 
     app.run(main, flags_parser=_parse)
 
@@ -64,7 +71,8 @@ def define_flags(function):
             REQUIRED.add(name)
             default = None
         if name == "config":
-            config_flags.DEFINE_config_file("config", None, "An algorithm file, or a file of configs/.")
+            argv = [arg for arg in sys.argv if not SETTING.fullmatch(arg)]
+            config_flags.DEFINE_config_file("config", None, "An algorithm file, or a file of configs/.", sys_argv=argv)
             continue
         text = " ".join(help_of[name].split())
         if typing.get_origin(kind) is typing.Literal:
@@ -79,18 +87,78 @@ def define_flags(function):
 
 
 def _fail(message):
+    message = "".join(c if c.isprintable() else " " for c in message)  # what a damaged file holds controls no terminal
     print(f"error: {message}", file=sys.stderr, flush=True)
     return 2
 
 
+def _fail_loudly(error):
+    traceback.print_exception(error)
+    file, line = culprit(error) or (__file__, 0)
+    _fail(f"{type(error).__name__} in {file}, line {line}: {' '.join(str(error).split())}")
+    return 1
+
+
+def culprit(error):
+    """(file, line) of the innermost frame of an exception that is neither of a package nor of this file, or None."""
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError) and error.filename:
+        frames.append((error.filename, error.lineno))
+    libraries = os.path.dirname(os.__file__), "site-packages", "<frozen"
+    own = [(file, line) for file, line in frames if file != __file__ and not any(part in file for part in libraries)]
+    return own[-1] if own else None
+
+
+# A setting of an environment need not stand in the config: the environment says which it has.
+SETTING = re.compile(r"--?config\.((?:collect\.)?(?:eval_)?env_kwargs)\.(\w+)=(.*)", re.S)
+
+
 def _parse(argv):
     try:
-        return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
+        rest = flags.FLAGS([_from_here(arg) for arg in argv if not SETTING.fullmatch(arg)])
+        for arg in argv:
+            if match := SETTING.fullmatch(arg):
+                apply_setting(flags.FLAGS.config, *match.groups())
+        return rest
+    except UserError as error:
+        sys.exit(_fail(str(error)))
+    except Exception as error:
+        if culprit(error):  # the config is a program, too
+            sys.exit(_fail_loudly(error))
         message = " ".join(str(error).split())
         if message[:1] in ("'", '"'):  # a KeyError, printed by its repr
             message = "the config has no key " + message.strip("'\"\\").replace("\\'", "").replace("\\n", ". ")
         sys.exit(_fail(message))
+
+
+def _from_here(arg):
+    """--config=configs/x.py means ours where the folder in which the program was started has no such file."""
+    name, _, path = arg.partition("=")
+    file = path.split(":")[0]
+    ours = name.lstrip("-") == "config" and not pathlib.Path(file).exists() and (ROOT / file).is_file()
+    return f"{name}={ROOT / path}" if ours else arg
+
+
+def apply_setting(config, path, name, text):
+    """config.env_kwargs.name = the value that `text` means."""
+    words = {"true": True, "false": False}
+    try:
+        value = words.get(text.lower()) if text.lower() in words else ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    *parents, last = path.split(".")
+    section = config
+    for parent in parents:
+        if parent not in section:
+            raise UserError(f'the config has no section "{parent}"')
+        section = section[parent]
+    with section.unlocked():
+        if last not in section:
+            section[last] = {}
+        try:
+            section[last][name] = value
+        except TypeError as error:
+            raise UserError(f"--config.{path}.{name}: {' '.join(str(error).split())}") from error
 
 
 def config_name(config):
@@ -106,22 +174,35 @@ def config_name(config):
     return "_".join([pathlib.Path(name).stem, *argument])
 
 
-def open_folder(folder, config, resume):
-    """A new folder, or with `resume` the folder of the very run that is to go on."""
+def check_folder(folder, config, resume):
+    """That a new run can start in `folder`; with `resume`, that the very run which is there can go on."""
     folder = pathlib.Path(folder)
     stored = folder / "config.json"
-    if not resume and stored.exists():
+    if not resume and (stored.exists() or checkpoint.steps(folder / "checkpoints")):
         raise UserError(f"workdir {folder} already holds a run: choose another, or go on with it by --resume")
     if resume and not stored.exists():
         raise UserError(f"nothing to resume: {stored} does not exist")
     if resume:
-        old = json.loads(stored.read_text())
+        old = files.read(stored)
         changed = [f"{k} was {old.get(k)!r}, is {config.get(k)!r}" for k in sorted(old | config)
                    if old.get(k) != config.get(k)]
         if changed:
             raise UserError(f"cannot resume {folder} with a changed config: {'; '.join(changed)}")
+        if (folder / "summary.json").exists() and (folder / "curve.png").exists():
+            raise UserError(f"{folder} is finished: its budget is spent")
+
+
+@contextlib.contextmanager
+def open_folder(folder, config, resume):
+    """The folder of a run, for this process alone, without what a killed process left half written."""
+    check_folder(folder, config, resume)
+    folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    with files.locked(folder):
+        check_folder(folder, config, resume)  # another process may have been there until now
+        files.sweep(folder)
+        files.sweep(folder / "checkpoints")
+        yield folder
 
 
 def stage_folder(config, workdir, stage):
@@ -148,10 +229,17 @@ def compilation_cache():
 
 
 def algorithm_of(config):
+    """The algorithm that a config is of, once every key of the config is found to be what its get_config says."""
+    algorithm = algorithm_named(config.get("algorithm", ""))
+    check(config, algorithm.get_config())
+    return algorithm
+
+
+def algorithm_named(name):
     known = [path.stem for path in (ROOT / "algorithms").glob("*.py") if path.stem != "__init__"]
-    if config.algorithm not in known:
-        raise UserError(f'unknown algorithm "{config.algorithm}"; {suggest(config.algorithm, known)}')
-    return importlib.import_module(f"algorithms.{config.algorithm}")
+    if name not in known:
+        raise UserError(f'unknown algorithm "{name}"; {suggest(str(name), known)}')
+    return importlib.import_module(f"algorithms.{name}")
 
 
 def suggest(name, known):
@@ -216,14 +304,20 @@ def read_dataset(path, env):
     """The transitions, if they are of this environment."""
     if not path.startswith("minari:") and not pathlib.Path(path).exists():
         raise UserError(f'no data in "{path}": name a file by --config.dataset, or write one by launchers.collect')
-    data = (minari.read(path.removeprefix("minari:")) if path.startswith("minari:") else Dataset.load(path).data)
-    due = dict(obs=jax.eval_shape(env.reset, jax.random.key(0))[1].shape[1:], action=env.action_space.shape)
-    for name in ("obs", "action", "next_obs", "reward"):
-        if name not in data:
+    data = minari.read(path.removeprefix("minari:")) if path.startswith("minari:") else read_arrays(path)
+    obs = jax.eval_shape(env.reset, jax.random.key(0))[1]
+    due = dict(obs=obs.shape[1:], action=env.action_space.shape, next_obs=obs.shape[1:], reward=())
+    for name, shape in due.items():
+        if not isinstance(data.get(name), (np.ndarray, jax.Array)):
             raise UserError(f'{path} has no "{name}"')
-        if name in due and data[name].shape[1:] != due[name]:
-            raise UserError(f"{path}: {name} {data[name].shape[1:]} where the environment has {due[name]}")
-    return Dataset.create(data, env.action_space)
+        if data[name].shape[1:] != shape:
+            raise UserError(f"{path}: {name} {data[name].shape[1:]} where the environment has {shape}")
+    if isinstance(env.action_space, Discrete) and data["action"].dtype.kind == "f":
+        raise UserError(f"{path}: action is of type {data['action'].dtype} where the environment counts its actions")
+    try:
+        return Dataset.create(data, env.action_space)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def teams_of(config):

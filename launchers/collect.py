@@ -23,12 +23,12 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from core import checkpoint
+from core import checkpoint, files
 from core import minari as minari_datasets
 from core.dataset import Dataset, last_steps
 from core.envs import Box, Transition, ended, hidden, restart
 from core.errors import UserError
-from core.logging import provenance, write
+from core.logging import provenance
 from launchers import cli
 from launchers.runs import figure, load
 
@@ -52,6 +52,7 @@ def collect(config, *, workdir: str | None = None, run: str | None = None, seed:
     if minari:
         minari_datasets.require_free(minari)
     if (folder / "summary.json").exists():
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # it may have been killed before it did so itself
         raise UserError(f"{folder} holds a finished collection: choose another workdir")
     env, began = cli.train_env(config), time.perf_counter()
     quota = np.array([len(part) for part in np.array_split(np.arange(episodes), env.num_envs)])
@@ -60,41 +61,46 @@ def collect(config, *, workdir: str | None = None, run: str | None = None, seed:
     compile_seconds, seconds = time.perf_counter() - began, 0.0
 
     stored = cli.config_dict(config) | dict(seed=seed, episodes=episodes, action_noise=noise, run=run)
-    cli.open_folder(folder, stored, resume)
-    checkpoints = None if getattr(env, "on_host", False) else folder / "checkpoints"  # no simulator fits into one
-    if resume and checkpoints and checkpoint.steps(checkpoints):
-        state, meta = checkpoint.restore_newest(checkpoints, state)
-        seconds = meta["seconds"]
-    if not resume:
-        write(folder / "provenance.json", json.dumps(provenance(dict(seed=seed, run=run, minari=minari)), indent=1))
-        write(folder / "config.json", json.dumps(stored, indent=1))
-    state, seconds = fill(program, state, quota, checkpoints, seconds, save_every)
+    with cli.open_folder(folder, stored, resume):
+        checkpoints = None if getattr(env, "on_host", False) else folder / "checkpoints"  # no simulator fits into one
+        if resume and checkpoints and checkpoint.steps(checkpoints):
+            state, meta = checkpoint.restore_newest(checkpoints, state)
+            seconds = meta["seconds"]
+        if not resume:
+            typed = provenance(dict(seed=seed, run=run, minari=minari))
+            files.write(folder / "provenance.json", json.dumps(typed, indent=1))
+            files.write(folder / "config.json", json.dumps(stored, indent=1))
+        state, seconds = fill(program, state, quota, checkpoints, seconds, save_every)
 
-    data = whole_episodes(jax.tree.map(np.asarray, state.record), quota)
-    returns = returns_of(data)
-    if not np.isfinite(returns).all():
-        raise UserError(f"the return of episode {np.argmin(np.isfinite(returns))} is not finite: nothing is stored")
-    Dataset.create(data).save(folder / "data.npz")
-    if minari:
-        minari_datasets.write(minari, data, env.action_space)
-    draw(folder / "data.png", data, returns, f"{config.env}: {episodes} episodes")
-    mean, half = returns.mean(), 1.96 * returns.std() / episodes**0.5
-    summary = dict(
-        algorithm=config.algorithm, env=config.env, run=run, seed=seed, episodes=episodes,
-        transitions=len(data["reward"]), returns=dict(mean=float(mean), ci95=[float(mean - half), float(mean + half)]),
-        compile_seconds=compile_seconds, seconds=seconds, env_steps_per_second=int(state.t) * env.num_envs / seconds,
-        peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, device=jax.devices()[0].device_kind)
-    write(folder / "summary.json", json.dumps(summary, indent=1))  # last: it says that all is there
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    print(f"{episodes} episodes, {len(data['reward']):,} transitions, return {mean:.4g} ± {half:.2g}, "
-          f"{seconds:.1f} s, compiled {compile_seconds:.1f} s: {folder / 'data.npz'}")
-    return summary
+        data = whole_episodes(jax.tree.map(np.asarray, state.record), quota)
+        returns = returns_of(data)
+        if not np.isfinite(returns).all():
+            raise UserError(f"the return of episode {np.argmin(np.isfinite(returns))} is not finite: nothing is stored")
+        Dataset.create(data).save(folder / "data.npz")
+        if minari:
+            minari_datasets.write(minari, data, env.action_space)
+        draw(folder / "data.png", data, returns, f"{config.env}: {episodes} episodes")
+        mean, half = float(returns.mean()), float(1.96 * returns.std() / episodes**0.5)
+        summary = dict(
+            algorithm=config.algorithm, env=config.env, run=run, seed=seed, episodes=episodes,
+            transitions=len(data["reward"]), returns=dict(mean=mean, ci95=[mean - half, mean + half]),
+            compile_seconds=compile_seconds, seconds=seconds,
+            env_steps_per_second=int(state.t) * env.num_envs / seconds,
+            peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, device=jax.devices()[0].device_kind)
+        files.write(folder / "summary.json", json.dumps(summary, indent=1))  # last: it says that all is there
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        print(f"{episodes} episodes, {len(data['reward']):,} transitions, return {mean:.4g} ± {half:.2g}, "
+              f"{seconds:.1f} s, compiled {compile_seconds:.1f} s: {folder / 'data.npz'}")
+        return summary
 
 
 def settings(config, smoke):
     """(the config with the keys of its section `collect` in the place of its own, episodes, action_noise)."""
+    cli.algorithm_of(config)  # which checks the config
     section = cli.section(config, "collect").to_dict()
-    episodes, noise = section.pop("episodes"), section.pop("action_noise", 0.0)
+    episodes, noise = section.pop("episodes", 0), section.pop("action_noise", 0.0)
+    if type(episodes) is not int or episodes < 1:
+        raise UserError(f"config.collect.episodes = {episodes!r}: has to be an integer from 1 on")
     config = ml_collections.ConfigDict(config.to_dict())
     for name, value in section.items():
         if name not in config:
@@ -103,6 +109,7 @@ def settings(config, smoke):
             config[name] = value
         except TypeError as error:
             raise UserError(f"config.collect.{name}: {error}") from error
+    cli.algorithm_of(config)
     episodes = 2 if smoke else episodes
     config.num_envs = min(config.num_envs, episodes)
     return ml_collections.FrozenConfigDict(config), episodes, noise

@@ -7,7 +7,6 @@
 among it; environment and `hidden_dims` are those of the config. The run in `runs/x/pretrain` is like any other;
 `model.npz` beside it holds what the first seed learnt, for `config.pretrained`.
 """
-import json
 from typing import Any, Literal
 
 import jax
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from core import checkpoint
+from core import checkpoint, files
 from core.dataset import write_arrays
 from core.errors import UserError
 from launchers import cli
@@ -39,15 +38,18 @@ def pretrain(config, *, workdir: str | None = None, data: str | None = None, see
         wandb: Mirror the local files to Weights & Biases.
     """
     folder = cli.stage_folder(config, workdir, "pretrain")
+    cli.algorithm_of(config)  # which checks the config
     config = settings(config, data or str(folder.parent / "collect" / "data.npz"))
     if (folder / "model.npz").exists():
         raise UserError(f"{folder} holds a finished model: choose another workdir")
     if (folder / "summary.json").exists():  # it was killed between that and its model
-        summary = json.loads((folder / "summary.json").read_text())
+        summary = files.read(folder / "summary.json")
     else:
         summary = train(config, seed=seed, num_seeds=num_seeds, workdir=str(folder), resume=resume,
                         save_every=save_every, devices=devices, smoke=smoke, wandb=wandb)
-    write_arrays(folder / "model.npz", trained_params(folder, config, num_seeds))
+    with files.locked(folder):
+        files.sweep(folder)
+        write_arrays(folder / "model.npz", trained_params(folder, config, num_seeds))
     print(f"weights {folder / 'model.npz'}")
     return summary
 
@@ -55,7 +57,7 @@ def pretrain(config, *, workdir: str | None = None, data: str | None = None, see
 def settings(config, dataset):
     """The config of the algorithm that fits the model."""
     section = cli.section(config, "pretrain").to_dict()
-    own = cli.algorithm_of(ml_collections.ConfigDict(dict(algorithm=section.pop("algorithm", "dynamics")))).get_config()
+    own = cli.algorithm_named(section.pop("algorithm", "dynamics")).get_config()
     shared = {name: config[name] for name in ("env", "env_kwargs", "hidden_dims") if name in config and name in own}
     for name, value in (shared | section | dict(dataset=dataset)).items():
         if name not in own:

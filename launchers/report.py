@@ -10,13 +10,14 @@ BEGIN and END. All files are read and checked before the first one is written.
 import ast
 import html
 import json
+import math
 import pathlib
 import re
 import shlex
 from typing import Any, NamedTuple
 
+from core import files
 from core.errors import UserError
-from core.logging import write
 from launchers import cli
 
 BEGIN, END = "<!-- results: written by launchers.report -->\n", "<!-- end of results -->\n"
@@ -36,23 +37,23 @@ def report(*, run: str | None = None, name: str | None = None) -> None:
     if run is None and name is not None:
         raise UserError(f"name = {name} names the row of a run: say which with --run")
     results = cli.ROOT / "configs" / "results"
-    rows = {path.stem: check(read(path), path) for path in sorted(results.glob("*.json"))}
-    files = {}
+    rows = {path.stem: check(files.read(path), path) for path in sorted(results.glob("*.json"))}
+    texts = {}
     if run is not None:
         name, row = adopt(pathlib.Path(run), name)
         rows[name] = row
-        files[results / f"{name}.json"] = json.dumps(row, indent=1) + "\n"
+        texts[results / f"{name}.json"] = json.dumps(row, indent=1) + "\n"
     methods = {row["algorithm"]: method_of(row["algorithm"]) for row in rows.values()}
     for page in sorted({page_of(method) for method in methods.values()}):
         path = cli.ROOT / "docs" / f"{page}.md"
         own = {name: row for name, row in sorted(rows.items()) if page_of(methods[row["algorithm"]]) == page}
-        text = path.read_text() if path.exists() else f"# {method_of(page).title}\n\n{BEGIN}{END}"
-        files[path] = put(text, table(own), path)
+        text = files.text_of(path) if path.exists() else f"# {method_of(page).title}\n\n{BEGIN}{END}"
+        texts[path] = put(text, table(own), path)
     readme = cli.ROOT / "README.md"
-    files[readme] = put(readme.read_text(), headlines(rows, methods), readme)
-    for path, text in files.items():
+    texts[readme] = put(files.text_of(readme), headlines(rows, methods), readme)
+    for path, text in texts.items():
         path.parent.mkdir(exist_ok=True)
-        write(path, text)
+        files.write(path, text)
 
 
 # ---- rows
@@ -61,7 +62,7 @@ def adopt(folder: pathlib.Path, name: str | None) -> tuple[str, dict]:
     """The name and the row of a finished run: its summary, and how to repeat it."""
     if not (folder / "summary.json").exists():
         raise UserError(f"{folder} holds no finished run: it has no summary.json")
-    summary, provenance = read(folder / "summary.json"), read(folder / "provenance.json")
+    summary, provenance = files.read(folder / "summary.json"), files.read(folder / "provenance.json")
     if summary.get("smoke"):
         raise UserError(f"{folder} is a smoke run: its numbers mean nothing")
     launcher, args, config = command_of(provenance, folder / "provenance.json")
@@ -89,18 +90,6 @@ def command_of(provenance: dict, path: pathlib.Path) -> tuple[str, list[str], st
     return launcher, args, config[1]
 
 
-def read(path: pathlib.Path) -> dict:
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except ValueError as error:  # JSON's and UTF-8's
-        raise UserError(f"{path} is damaged: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: it holds no dictionary")
-    return value
-
-
 def check(row: dict, path: pathlib.Path) -> dict:
     """`row`, if it has all that a table needs."""
     for field, kind in FIELDS.items():
@@ -112,7 +101,7 @@ def check(row: dict, path: pathlib.Path) -> dict:
     for label, value in {**scores(row), **errors(row)}.items():
         one = len(row["seeds"]) == 1  # and no interval
         numbers = [value.get("iqm"), *(one * [0, 0] or value.get("ci95") or [])] if isinstance(value, dict) else []
-        if len(numbers) != 3 or not all(type(number) in (int, float) for number in numbers):
+        if len(numbers) != 3 or not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
             raise UserError(f"{path}: {label} is no {{mean, iqm, ci95, per_seed}}")
     name = row["algorithm"]
     if not name.isidentifier() or name == "__init__" or not (cli.ROOT / "algorithms" / f"{name}.py").is_file():
@@ -178,9 +167,11 @@ def headlines(rows: dict, methods: dict) -> str:
     path = cli.ROOT / "docs" / "published.json"
     columns = "method", "file", "task", "score: IQM [95% CI]", "seeds", "env steps", "wall-clock", "published"
     lines = []
-    for name, entry in read(path).items():
-        if not isinstance(entry, dict) or not {"row", "published"} <= entry.keys():
+    for name, entry in files.read(path).items():
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(k), str) for k in ("row", "published")):
             raise UserError(f'{path}: {name} needs "row" and "published"')
+        if re.search(r"[<|\n]", entry["published"]):  # it may hold a link, but no HTML and no end of its cell
+            raise UserError(f"{path}: {name}: published holds one of < | and a line break")
         row = rows.get(entry["row"])
         if row is None or row["algorithm"] != name:
             raise UserError(f"{path}: {name} names {entry['row']}, and configs/results has no such row of {name}")

@@ -1,7 +1,6 @@
 """Runs on disk, for the launchers that look at them: reading one back, an episode of it, a figure."""
 import contextlib
-import json
-import os
+import io
 import pathlib
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from core import checkpoint
+from core import checkpoint, files
 from core.envs import Transition, ended, make_env
 from core.errors import UserError
 from core.logging import read_metrics
@@ -23,15 +22,13 @@ def load(path, best=False):
     folder = path if (path / "config.json").exists() else path.parent.parent
     if not (folder / "config.json").exists():
         raise UserError(f"no run in {path}: it has no config.json")
-    stored = json.loads((folder / "config.json").read_text())
-    num_seeds, seed, _ = (stored.pop(k) for k in ("num_seeds", "seed", "eval_seed"))
-    config = ml_collections.FrozenConfigDict(stored)
+    config, seed, num_seeds = read_config(folder)
     algorithm = cli.algorithm_of(config)
     if not hasattr(algorithm, "act"):
         raise UserError(f'"{config.algorithm}" in {folder} has no policy: it only fits a model')
     source = cli.source_of(config)
     init = cli.per_seed(lambda seed: algorithm.init(jax.random.key(seed), source, config), num_seeds)
-    like = jax.eval_shape(init, jnp.arange(num_seeds))
+    like = jax.eval_shape(init, jax.ShapeDtypeStruct((num_seeds,), jnp.int32))
     needed = read_by_acting(algorithm, like, cli.eval_env(config, 1))
     if path == folder and not checkpoint.steps(folder / "checkpoints"):
         raise UserError(f"{folder} holds no checkpoint yet")
@@ -40,7 +37,22 @@ def load(path, best=False):
     else:
         file = path if path != folder else checkpoint.best(folder / "checkpoints")
         tree, meta = checkpoint.restore(file, dict(run=like), dict(run=needed))
-    return algorithm, config, tree["run"], meta | dict(seed=seed)
+    return algorithm, config, tree["run"], meta | dict(seed=seed, iteration=meta["step"])
+
+
+def read_config(folder):
+    """(config, first seed, number of seeds) of the config.json in a run's folder, which somebody else may have made."""
+    path = pathlib.Path(folder) / "config.json"
+    stored = files.read(path, algorithm=str, env=str, seed=int, num_seeds=int, eval_seed=int)
+    num_seeds, seed, _ = (stored.pop(k) for k in ("num_seeds", "seed", "eval_seed"))
+    if not 1 <= num_seeds < 2**31 or not 0 <= seed < 2**31:
+        raise UserError(f"{path} is damaged: {num_seeds} seeds from {seed} on")
+    try:
+        config = ml_collections.FrozenConfigDict(stored)
+        cli.algorithm_of(config)  # which checks the config
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+    return config, seed, num_seeds
 
 
 def read_by_acting(algorithm, like, env):
@@ -111,13 +123,21 @@ def figure(path, **kwargs):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.backend_bases import FigureCanvasBase
 
+    kind = pathlib.Path(path).suffix[1:] or "png"
+    if kind not in FigureCanvasBase.get_supported_filetypes():
+        raise UserError(f"{path}: a picture ends in .png, .pdf or .svg")
     fig, axes = plt.subplots(layout="constrained", **kwargs)
     yield fig, axes
-    partial = pathlib.Path(path).with_name(f".partial.{pathlib.Path(path).name}")
-    fig.savefig(partial, dpi=120)
-    plt.close(fig)
-    os.replace(partial, path)
+    picture = io.BytesIO()
+    try:
+        fig.savefig(picture, format=kind, dpi=120)
+    except ValueError as error:  # a name that matplotlib takes for a formula
+        raise UserError(f"{path} cannot be drawn: {' '.join(str(error).split())}") from error
+    finally:
+        plt.close(fig)
+    files.write(path, picture.getvalue())
 
 
 def regret(folder, against):
@@ -130,6 +150,6 @@ def regret(folder, against):
     for name in ("seed", "env_steps"):
         if not np.array_equal(other[name], mine[name]):
             raise UserError(f"{against} and {folder} differ in {name}: regret is paired by seed and step")
-    num_envs = json.loads((pathlib.Path(folder) / "config.json").read_text())["num_envs"]
+    num_envs = files.read(pathlib.Path(folder) / "config.json", num_envs=int)["num_envs"]
     span = np.diff(mine["env_steps"], axis=0, prepend=0) / num_envs
     return np.cumsum((other["reward"] - mine["reward"]) * span, axis=0)

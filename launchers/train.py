@@ -13,8 +13,10 @@ with the key fold_in(key(eval_seed), s): every seed plays episodes of its own, t
 """
 import concurrent.futures
 import contextlib
+import pathlib
 import resource
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -55,38 +57,38 @@ def train(config, *, seed: int = 0, num_seeds: int = 1, eval_seed: int = 1_000_0
         num_processes: How many they are.
         process_id: Which of them this one is.
     """
-    if num_seeds < 1:
-        raise UserError(f"--num_seeds={num_seeds}: at least 1")
+    for name, value, least in (("num_seeds", num_seeds, 1), ("seed", seed, 0), ("eval_seed", eval_seed, 0),
+                               ("save_every", save_every, 0), ("chunk", chunk, 0), ("devices", devices, 0)):
+        if not least <= value < 2**31:
+            raise UserError(f"--{name}={value}: at least {least}" + ", and less than 2^31" * (value >= least))
+    if config is not None:
+        cli.algorithm_of(config)  # which checks the config
     workdir = workdir or f"runs/{cli.config_name(config)}-{time.strftime('%Y%m%d-%H%M%S')}"
     num_devices = use_devices(devices, coordinator, num_processes, process_id)
     config = ml_collections.ConfigDict(config.to_dict())
     config = ml_collections.FrozenConfigDict(cli.smoke(config) if smoke else config)
+    stored = cli.config_dict(config) | dict(seed=seed, num_seeds=num_seeds, eval_seed=eval_seed)
+    cli.check_folder(workdir, stored, resume)
     began, seeds = time.perf_counter(), np.arange(seed, seed + num_seeds, dtype=np.int32)
     job = compile_job(cli.algorithm_of(config), config, seeds, eval_seed, num_devices)
     compile_seconds = time.perf_counter() - began
 
-    stored = cli.config_dict(config) | dict(seed=seed, num_seeds=num_seeds, eval_seed=eval_seed)
-    folder = cli.open_folder(workdir, stored, resume)
-    state = State(job.run, job.zeros(), dict(iteration=0, since=0, rows=None, seconds=0.0))
-    if resume and checkpoint.steps(folder / "checkpoints"):
-        stored_state, meta = checkpoint.restore_newest(folder / "checkpoints", dict(run=job.run, totals=state.totals))
-        state = State(*stored_state.values(), meta)
-    if jax.process_count() > 1:  # all have looked at the folder before one of them writes there
-        multihost_utils.sync_global_devices("the folder is read")
-    lead = jax.process_index() == 0
-    settings = dict(seed=seed, num_seeds=num_seeds, eval_seed=eval_seed, devices=devices, chunk=chunk, smoke=smoke)
-    logger = Logger(folder, stored, settings, seeds.tolist(), state.meta["rows"], wandb) if lead else None
+    folder, lead = pathlib.Path(workdir), jax.process_index() == 0
+    with cli.open_folder(folder, stored, resume) if lead else contextlib.nullcontext():
+        state = newest(job, folder / "checkpoints", lead) if resume else State(job.run, job.zeros(), START)
+        if jax.process_count() > 1:  # all have looked at the folder before one of them writes there
+            multihost_utils.sync_global_devices("the folder is read")
+        settings = dict(seed=seed, num_seeds=num_seeds, eval_seed=eval_seed, devices=devices, chunk=chunk, smoke=smoke)
+        logger = Logger(folder, stored, settings, seeds.tolist(), state.meta["rows"], wandb) if lead else None
 
-    row, seconds = fit(job, state, folder, logger, save_every, chunk)
-    if row is None and (folder / "summary.json").exists():
-        raise UserError(f"{folder} is finished: its budget of {config[job.clock]:,} {job.clock} is spent")
-    if row is None:  # it was killed between its last checkpoint and its summary
-        row = {k: v[-1] for k, v in read_metrics(folder).items() if k != "seed"}
-    summary = summary_of(job, seeds, row, compile_seconds, seconds, num_devices) | dict(smoke=smoke)
-    if lead:
-        logger.close(summary)
-        print(table(summary, folder))
-    return summary
+        row, seconds = fit(job, state, folder, logger, save_every, chunk)
+        if row is None:  # it was killed after its last checkpoint
+            row = {k: v[-1] for k, v in read_metrics(folder).items() if k != "seed"}
+        summary = summary_of(job, seeds, row, compile_seconds, seconds, num_devices) | dict(smoke=smoke)
+        if lead:
+            logger.close(summary)
+            print(table(summary, folder))
+        return summary
 
 
 def use_devices(devices, coordinator, num_processes, process_id):
@@ -96,14 +98,58 @@ def use_devices(devices, coordinator, num_processes, process_id):
         with contextlib.suppress(RuntimeError):  # JAX runs already, with the devices it has
             jax.config.update("jax_num_cpu_devices", devices)
     if coordinator:
-        if ":" not in coordinator:
-            raise UserError(f"--coordinator={coordinator}: not of the form host:port")
-        jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=60)
+        meet(coordinator, num_processes, process_id)
     cli.compilation_cache()
     if devices > jax.device_count():
         raise UserError(f"--devices={devices}, but JAX has {jax.device_count()}")
     one_cpu = jax.default_backend() == "cpu" and jax.process_count() == 1
     return devices or (1 if one_cpu else jax.device_count())
+
+
+def meet(coordinator, num_processes, process_id, patience=60):
+    """Join the processes that train together. Where one of them does not come JAX waits for minutes, and then aborts
+    without an exception; so they meet here before."""
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise UserError(f"--coordinator={coordinator}: not of the form host:port")
+    if not 0 <= process_id < num_processes:
+        raise UserError(f"--process_id={process_id}, but --num_processes={num_processes}")
+    until = time.perf_counter() + patience
+    try:
+        if process_id == 0:
+            wait_for_others(int(port), num_processes, until)
+        else:
+            say_hello((host, int(port)), process_id, until)
+    except OSError as error:
+        raise UserError(f"--coordinator={coordinator}: the {num_processes} processes did not meet there within "
+                        f"{patience} s: {error.strerror or error}") from error
+    jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=patience)
+
+
+def wait_for_others(port, num_processes, until):
+    with contextlib.ExitStack() as stack:
+        server, waiting = stack.enter_context(socket.create_server(("", port))), {}
+        while len(waiting) < num_processes - 1:
+            server.settimeout(max(0.01, until - time.perf_counter()))
+            peer = stack.enter_context(server.accept()[0])
+            peer.settimeout(1.0)
+            waiting[peer.recv(20)] = peer
+        for peer in waiting.values():
+            peer.sendall(b"all are here")
+
+
+def say_hello(address, process_id, until):
+    while True:
+        try:
+            with socket.create_connection(address, timeout=1.0) as server:
+                server.sendall(b"process %d" % process_id)
+                server.settimeout(max(0.01, until - time.perf_counter()))
+                if server.recv(20):
+                    return
+        except OSError:
+            if time.perf_counter() > until:
+                raise
+        time.sleep(0.1)
 
 
 class Job(NamedTuple):
@@ -236,6 +282,22 @@ class State(NamedTuple):
     meta: dict  # iteration; since, that of the last row; rows; seconds of training
 
 
+START = dict(iteration=0, since=0, rows=None, seconds=0.0)
+
+
+def newest(job, folder, lead):
+    """The state in the newest checkpoint; where none was written yet, that before the first iteration."""
+    state = State(job.run, job.zeros(), START)
+    if not checkpoint.steps(folder):
+        return state
+    stored, meta = checkpoint.restore_newest(folder, dict(run=state.run, totals=state.totals))
+    if wrong := [name for name in START if type(meta.get(name)) not in (int, float) or not meta[name] >= 0]:
+        raise UserError(f"{folder}: {wrong[0]} in {checkpoint.META} of step {meta['step']} is damaged")
+    if lead:  # it may have been killed before it removed others
+        checkpoint.prune(folder, meta["step"])
+    return State(stored["run"], stored["totals"], meta)
+
+
 def fit(job, state, folder, logger, save_every, chunk):
     """All that is left of training: (last row, seconds)."""
     (run, totals, meta), config = state, job.config
@@ -255,7 +317,8 @@ def fit(job, state, folder, logger, save_every, chunk):
             writer.save(i, saved, dict(iteration=i, since=since, rows=logger.rows, seconds=seconds, score=score))
 
     steps = (n * job.iteration * seeds for n in (iterations, i))
-    with sigterm() as told_to_stop, cli.progress_bar(f" {job.clock.replace('_', ' ')}", *steps) as bar:
+    bar = cli.progress_bar(f" {job.clock.replace('_', ' ')}", *steps)
+    with sigterm() as told_to_stop, bar, contextlib.closing(writer):
         for stop in [stop for stop in rows if stop > i]:
             while i < stop:
                 began, upto = time.perf_counter(), min(i + size, stop)
@@ -267,8 +330,9 @@ def fit(job, state, folder, logger, save_every, chunk):
                 i, seconds = upto, seconds + took
                 if told_to_stop.is_set():
                     save()
-                    writer.close()
+                    writer.wait()
                     raise SystemExit(f"stopped by SIGTERM after iteration {i}: go on by --resume")
+                writer.check()
                 if alone and i < stop and writer.due:
                     save()
             row = row_of(job, run, totals, stop - since, stop in evaluations)
@@ -280,7 +344,6 @@ def fit(job, state, folder, logger, save_every, chunk):
                 save(score)
                 best = best if score is None else max(best, score)
             bar.set_postfix({name: f"{np.nanmean(row[name]):.4g}" for name in job.scores if stop in evaluations})
-    writer.close()
     return row, seconds
 
 
@@ -308,7 +371,7 @@ def check_finite(job, totals, start, logger, writer):
     bad = np.asarray(job.whole(totals[1]))
     if (bad < 0).all():
         return
-    writer.close()
+    writer.wait()
     index, last = int(np.argmax(bad >= 0)), checkpoint.steps(writer.folder)[-1:] or ["none was written yet"]
     seed, when = logger.seeds[index] if logger else index, start + (int(bad[index]) + 1) * job.iteration
     raise UserError(f"a loss is not finite at {job.clock.removesuffix('s').replace('_', ' ')} {when} of seed {seed}; "

@@ -10,14 +10,13 @@ ellipses of where the plan leads. `--figure` draws what a run with a belief logg
     python -m launchers.visualize --run=runs/joint --out=joint.gif --figure=joint.png --against=runs/perfect
 """
 import ast
-import json
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from core import ekf, render
+from core import ekf, files, render
 from core.envs import make_env
 from core.errors import UserError
 from core.logging import read_metrics
@@ -167,7 +166,7 @@ def setting(text):
 
 def draw_figure(folder, path, against):
     """The belief of a run while it learnt, and the reward that it got: medians and quartiles of the seeds."""
-    config = json.loads((pathlib.Path(folder) / "config.json").read_text())
+    config = files.read(pathlib.Path(folder) / "config.json", algorithm=str, env=str, num_envs=int)
     logged = read_metrics(folder)
     steps, num_seeds = logged["env_steps"][:, 0], logged["seed"].shape[1]
     error = next((name for name in ("gain_error", "parameter_error", "error") if name in logged), None)
@@ -177,7 +176,7 @@ def draw_figure(folder, path, against):
     panels = [(logged[error], error.replace("_", " ")), (logged["nll"], "nll") if "nll" in logged else (
         np.cumsum(logged["information"] * span[:, None], axis=0), "nats gained")]
     if against:
-        panels.append((regret(folder, against), f"regret to {pathlib.Path(against).name}"))
+        panels.append((regret(folder, against), f"regret to {pathlib.Path(against).name}".replace("$", r"\$")))
     else:
         panels.append((np.cumsum(logged["reward"] * span[:, None], axis=0), "reward so far"))
     env = make_env(config["env"], 1, **config.get("env_kwargs", {}))
@@ -198,7 +197,8 @@ def draw_figure(folder, path, against):
             ax.spines[["top", "right"]].set_visible(False)
         for ax in others:
             ax.set_xlabel("environment steps")
-        fig.suptitle(f"{pathlib.Path(folder).name}: {config['algorithm']} on {config['env']}, {num_seeds} seeds")
+        name = pathlib.Path(folder).name.replace("$", r"\$")
+        fig.suptitle(f"{name}: {config['algorithm']} on {config['env']}, {num_seeds} seeds")
 
 
 if __name__ == "__main__":

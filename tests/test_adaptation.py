@@ -67,7 +67,7 @@ def write(folder, loss, seeds=SEEDS, jump_step=100, ends=(39,), reveal=False):
     rows = [[2 * step, seed, *("" if np.isnan(v[t, i]) else v[t, i] for v in values.values())]
             for t, step in enumerate(STEPS) for i, seed in enumerate(seeds)]
     text = "\n".join(",".join(map(str, row)) for row in [["env_steps", "seed", *values], *rows])
-    (folder / "metrics.csv").write_text(text)
+    (folder / "metrics.csv").write_text(f"{text}\n")
     env_kwargs = dict(jump_step=jump_step) | (dict(reveal=True) if reveal else {})
     (folder / "config.json").write_text(json.dumps(dict(env="x", num_envs=2, env_kwargs=env_kwargs)))
     (folder / "summary.json").write_text(json.dumps(dict(train_seconds=32, env_steps=400, seeds=seeds.tolist())))

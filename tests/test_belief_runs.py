@@ -57,9 +57,8 @@ PLANTED_ERRORS = {
         "return True", "test_only_a_belief_about_the_truth_is_filmed"),
     "who knows believes": (VISUALIZE, "or env.reveal", "", "test_only_a_belief_about_the_truth_is_filmed"),
     "the belief is lost on resume": (
-        TRAIN, "state = State(*stored_state.values(), meta)",
-        "carry = state.run.carry; state = State(*stored_state.values(), meta); "
-        "state = state._replace(run=state.run._replace(carry=carry))",
+        TRAIN, 'return State(stored["run"], stored["totals"], meta)',
+        'return State(stored["run"]._replace(carry=state.run.carry), stored["totals"], meta)',
         "test_killed_within_an_episode_and_resumed_it_is_the_same_run"),
     "one colour for all": (RENDER, "PALETTE[i % len(PALETTE)]", "PALETTE[0]",
                            "test_gaussians_lie_around_their_cross"),

@@ -40,8 +40,8 @@ PLANTED_ERRORS = {
     "a reset in every step": (BATCH, "args[1].any(), lambda: jax.vmap(redraw)(*args), lambda: (args[2], args[3]))",
                               "args[1].any() | True, lambda: jax.vmap(redraw)(*args), lambda: (args[2], args[3]))",
                               "test_a_step_pays_for_a_reset_only_where_an_episode_ended"),
-    "checkpoints lose the sums": (TRAIN, "state = State(*stored_state.values(), meta)",
-                                  "state = State(stored_state['run'], state.totals, meta)", RESUMES),
+    "checkpoints lose the sums": (TRAIN, 'return State(stored["run"], stored["totals"], meta)',
+                                  'return State(stored["run"], state.totals, meta)', RESUMES),
 }
 
 

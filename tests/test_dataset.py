@@ -24,7 +24,7 @@ PLANTED_ERRORS = {
     "shortest first": (FILE, "np.argsort(-left", "np.argsort(left"),
     "last window of an episode lost": (FILE, "(self.left >= length)", "(self.left > length)"),
     "pickles allowed": (FILE, "allow_pickle=False", "allow_pickle=True"),
-    "written in place": (FILE, 'pathlib.Path(f"{path}.partial")', 'pathlib.Path(f"{path}")'),
+    "written in place": ("core/files.py", 'path.with_name(f".{path.name}.{os.getpid()}.partial")', "path"),
     "never quite full": (FILE, "(self.size + n, self.capacity)", "(self.size + n, self.capacity - 1)"),
     "grows beyond itself": (FILE, "jnp.minimum(self.size + n, self.capacity)", "self.size + n"),
     "wraps one early": (FILE, "n - kept, n)) % self.capacity", "n - kept, n)) % (self.capacity - 1)"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from core import render
+from core import files, render
 from core.envs import (
     blocker_goal_seeker,
     cartpole_balance,
@@ -39,7 +39,7 @@ PLANTED_ERRORS = {
     "frames per second inverted": (RENDER, "round(1000 / fps)", "round(10 * fps)"),
     "shapes among the returns": (RENDER, "draw.rectangle([left, 0, left + self.width, self.height], WHITE)", "pass"),
     "a pendulum on its head": ("core/envs/damped_pendulum.py", "-np.cos(state.x[0])", "np.cos(state.x[0])"),
-    "half-written file in place": (RENDER, "        yield temporary\n", "        yield path\n"),
+    "half-written file in place": ("core/files.py", "        yield partial\n", "        yield path\n"),
     "variances for deviations": (RENDER, "np.sqrt(np.maximum(values, 0))", "np.maximum(values, 0)"),
     "a pole on its head": ("core/envs/cartpole_swingup.py", "-length * np.cos(angle)])", "length * np.cos(angle)])"),
     "a pole that leans away": ("core/envs/cartpole_balance.py", "position + length * np.sin(angle)",
@@ -245,7 +245,7 @@ def test_gif_of_two_hundred_frames(tmp_path):
 def test_files_appear_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a.gif"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), render.replacing(path) as temporary:
+    with pytest.raises(KeyboardInterrupt), files.replacing(path) as temporary:
         temporary.write_text("ne")
         assert path.read_text() == "old"
         raise KeyboardInterrupt

@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+from core import files
 from core.errors import UserError
 from launchers import cli, report
 
@@ -242,4 +243,4 @@ def test_damaged_pages_are_named_and_nothing_is_written(root, name, text, words)
 
 def test_the_project_s_own_rows_make_tables():
     for path in sorted((cli.ROOT / "configs" / "results").glob("*.json")):
-        assert report.table({path.stem: report.check(report.read(path), path)}).startswith("| task |")
+        assert report.table({path.stem: report.check(files.read(path), path)}).startswith("| task |")

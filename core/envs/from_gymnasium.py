@@ -172,6 +172,9 @@ def no_cost(x):
 
 
 def _make(name, kwargs):
+    if ":" in name:  # the config may be somebody else's, and looking at a run must not execute what it names
+        raise UserError(f'"gymnasium/{name}" would import a module: import it in the config file or in the algorithm, '
+                        "which registers the environment, and name the environment alone")
     try:
         import gymnasium
     except ImportError as error:
