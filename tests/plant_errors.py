@@ -253,6 +253,14 @@ def plant_tables(workers, tables):
     return count["caught"] == len(errors)
 
 
+def named(root, name):
+    """Files of ours: all of the folder `name`, or those called so, with folders before it or without."""
+    name = name.rstrip("/").removesuffix(".py")
+    files = [*root.glob("*.py"), *(path for folder in OURS for path in (root / folder).rglob("*.py"))]
+    paths = sorted(path.relative_to(root).as_posix() for path in files)
+    return [path for path in paths if f"/{path}".endswith(f"/{name}.py") or path.startswith(f"{name}/")]
+
+
 def imports_of(root):
     """{path: paths of our files that it imports}."""
     files = {path.relative_to(root).as_posix(): path for folder in OURS for path in (root / folder).rglob("*.py")}
@@ -304,9 +312,7 @@ def in_order(record, error):
 
 def plant_random(workers, tables, names, count, seed):
     root = workers.copies[0]
-    paths = [path for name in names for path in ([root / f"{name}.py"] if (root / f"{name}.py").is_file() else
-                                                 sorted((root / name).rglob("*.py")))]
-    sources = {path.relative_to(root).as_posix(): path.read_text() for path in paths}
+    sources = {path: (root / path).read_text() for name in names for path in named(root, name)}
     graph, locks, records = imports_of(root), collections.defaultdict(threading.Lock), {}
     RECORDS.mkdir(parents=True, exist_ok=True)
     required = mutations.required_arguments((root / path).read_text() for path in graph)
@@ -380,7 +386,7 @@ def summary(errors, verdicts):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="NAME of tests/test_NAME.py; with --random, of a file or a folder")
+    parser.add_argument("names", nargs="*", help="NAME of tests/test_NAME.py; with --random, of files or folders")
     parser.add_argument("--all", action="store_true", help="every test file with a table")
     parser.add_argument("--random", type=int, metavar="N", help="plant N random errors")
     parser.add_argument("--seed", type=int, default=0, help="of the random errors")
@@ -388,10 +394,9 @@ def main():
     args = parser.parse_args()
     files = {path.stem.removeprefix("test_"): path for path in sorted((ROOT / "tests").glob("test_*.py"))}
     if args.random:
-        args.names = [name.rstrip("/").removesuffix(".py") for name in args.names] or ["algorithms", "core"]
-        for name in args.names:
-            if not (ROOT / name).is_dir() and not (ROOT / f"{name}.py").is_file():
-                parser.error(f"no {name}.py")
+        args.names = args.names or ["algorithms", "core"]
+        if unknown := [name for name in args.names if not named(ROOT, name)]:
+            parser.error(f"no file or folder {unknown[0]}")
     names = list(files) if args.all or args.random else args.names or parser.error("name a test file, or --all")
     if unknown := [name for name in names if name not in files]:
         parser.error(f"no tests/test_{unknown[0]}.py")

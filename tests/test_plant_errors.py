@@ -120,7 +120,7 @@ def test_unknown_files_are_refused(plant):
     done, _ = plant(TEST, "cal")
     assert done.returncode == 2 and "no tests/test_cal.py" in done.stderr
     done, _ = plant(TEST, "--random=3", "core/cal")
-    assert done.returncode == 2 and "no core/cal.py" in done.stderr
+    assert done.returncode == 2 and "no file or folder core/cal" in done.stderr
 
 
 def test_random_errors_are_caught_or_shown(plant):
@@ -255,6 +255,13 @@ def test_the_quickest_test_that_calls_the_function_is_first():
     assert plant_errors.in_order(record, error) == ["quick", "slow"]
     assert plant_errors.in_order(record, error._replace(first=0)) == ["idle", "quick", "slow"]
     assert plant_errors.in_order(record, error._replace(path="b.py")) == []
+
+
+def test_names_of_files_and_folders():
+    root = TOOL.parents[1]
+    assert plant_errors.named(root, "ppo") == plant_errors.named(root, "algorithms/ppo.py") == ["algorithms/ppo.py"]
+    assert {"core/ekf.py", "core/envs/batch.py"} < set(plant_errors.named(root, "core/"))
+    assert plant_errors.named(root, "po") == []
 
 
 def test_no_equivalent_error_is_stale():
