@@ -41,6 +41,7 @@ def adaptation(*, runs: list[str], within: int = 50, markdown: bool = False,
     """
     if len(runs) < 2:
         raise UserError("--runs: name the oracle and the frozen model at least")
+    cli.check_output("figure", figure, ".png", ".pdf")
     first, frozen, *_ = read = [read_run(folder, runs[0]) for folder in runs]
     steps, jump = timeline(first, within)
     rows = [cells(run, first, frozen, jump, within, int(steps[0])) for run in read]

@@ -114,14 +114,21 @@ SETTING = re.compile(r"--?config\.((?:collect\.)?(?:eval_)?env_kwargs)\.(\w+)=(.
 
 
 def _parse(argv):
+    logging.set_verbosity(logging.ERROR)
     try:
         rest = flags.FLAGS([_from_here(arg) for arg in argv if not SETTING.fullmatch(arg)])
+        if "config" in flags.FLAGS and flags.FLAGS["config"].present and not hasattr(flags.FLAGS.config, "to_dict"):
+            raise UserError(f'get_config() of {flags.FLAGS["config"].config_filename} gives no ConfigDict')
         for arg in argv:
             if match := SETTING.fullmatch(arg):
                 apply_setting(flags.FLAGS.config, *match.groups())
         return rest
     except UserError as error:
         sys.exit(_fail(str(error)))
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("algorithms."):
+            sys.exit(_fail_loudly(error))
+        sys.exit(_fail(f'unknown algorithm "{error.name.removeprefix("algorithms.")}"'))
     except Exception as error:
         if culprit(error):  # the config is a program, too
             sys.exit(_fail_loudly(error))
@@ -135,7 +142,11 @@ def _from_here(arg):
     """--config=configs/x.py means ours where the folder in which the program was started has no such file."""
     name, _, path = arg.partition("=")
     file = path.split(":")[0]
-    ours = name.lstrip("-") == "config" and not pathlib.Path(file).exists() and (ROOT / file).is_file()
+    if name.lstrip("-") != "config":
+        return arg
+    if not file.endswith(".py"):
+        raise UserError(f"--config={path} is no Python file")
+    ours = not pathlib.Path(file).exists() and (ROOT / file).is_file()
     return f"{name}={ROOT / path}" if ours else arg
 
 
@@ -161,6 +172,23 @@ def apply_setting(config, path, name, text):
             raise UserError(f"--config.{path}.{name}: {' '.join(str(error).split())}") from error
 
 
+def check_seeds(**named):
+    for name, seed in named.items():
+        if not 0 <= seed < 2**31:
+            raise UserError(f"--{name}={seed}: an integer from 0 to 2^31 - 1 is due")
+
+
+def check_output(flag, path, *endings):
+    """That a file of this name can be written, before much is computed for it."""
+    if path is None:
+        return
+    path = pathlib.Path(path)
+    if path.suffix not in endings:
+        raise UserError(f"--{flag}={path} ends in none of {', '.join(endings)}")
+    if not os.access(path.parent, os.W_OK) or path.is_dir():
+        raise UserError(f"--{flag}={path} cannot be written: {path.parent} is no folder that can be written to")
+
+
 def config_name(config):
     """Of the file that --config names, without its folder and ending; from Python, of the algorithm."""
     if config is None:
@@ -182,6 +210,9 @@ def check_folder(folder, config, resume):
         raise UserError(f"workdir {folder} already holds a run: choose another, or go on with it by --resume")
     if resume and not stored.exists():
         raise UserError(f"nothing to resume: {stored} does not exist")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"workdir {folder} cannot be written: {existing} is no folder that can be written to")
     if resume:
         old = files.read(stored)
         changed = [f"{k} was {old.get(k)!r}, is {config.get(k)!r}" for k in sorted(old | config)

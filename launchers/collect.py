@@ -47,6 +47,7 @@ def collect(config, *, workdir: str | None = None, run: str | None = None, seed:
         smoke: Two episodes.
     """
     cli.compilation_cache()
+    cli.check_seeds(seed=seed)
     folder = cli.stage_folder(config, workdir, "collect")
     config, episodes, noise = settings(config, smoke)
     if minari:

@@ -24,6 +24,10 @@ def compare(*, runs: list[str], column: str = "return", at: list[str] | None = N
         column: Of metrics.csv.
         at: Environment steps to compare at; by default the last row that has the column.
     """
+    if not runs:
+        raise UserError("--runs: name a run at least")
+    if wrong := [step for step in at or [] if not step.isdigit()]:
+        raise UserError(f"--at={wrong[0]}: a number of environment steps is due")
     columns = {run: read_column(run, column) for run in runs}
     base_steps, base, seeds = columns[runs[0]]
     steps_to_compare = [int(step) for step in at or []] or [int(base_steps[-1])]

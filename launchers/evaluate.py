@@ -40,6 +40,9 @@ def evaluate_run(*, run: str, episodes: int = 100, eval_seed: int = 1_000_000, b
     episodes = 2 if smoke else episodes
     if episodes < 1:
         raise UserError(f"--episodes={episodes}: at least 1")
+    cli.check_seeds(eval_seed=eval_seed)
+    cli.check_output("gif", gif, ".gif")
+    cli.check_output("picture", picture, ".png", ".pdf")
     algorithm, config, arrays, meta = load(run, best)
     name, settings = cli.eval_settings(config)
     single = drawable(name, **settings) if gif else None  # before any episode is played

@@ -57,10 +57,10 @@ def train(config, *, seed: int = 0, num_seeds: int = 1, eval_seed: int = 1_000_0
         num_processes: How many they are.
         process_id: Which of them this one is.
     """
-    for name, value, least in (("num_seeds", num_seeds, 1), ("seed", seed, 0), ("eval_seed", eval_seed, 0),
-                               ("save_every", save_every, 0), ("chunk", chunk, 0), ("devices", devices, 0)):
-        if not least <= value < 2**31:
-            raise UserError(f"--{name}={value}: at least {least}" + ", and less than 2^31" * (value >= least))
+    cli.check_seeds(seed=seed, eval_seed=eval_seed)
+    for name, value, least in (("num_seeds", num_seeds, 1), ("save_every", save_every, 0), ("chunk", chunk, 0)):
+        if not value >= least:
+            raise UserError(f"--{name}={value}: at least {least}")
     if config is not None:
         cli.algorithm_of(config)  # which checks the config
     workdir = workdir or f"runs/{cli.config_name(config)}-{time.strftime('%Y%m%d-%H%M%S')}"

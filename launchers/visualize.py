@@ -48,11 +48,13 @@ def visualize(*, run: str, out: str | None = None, figure: str | None = None, ag
     cli.compilation_cache()
     if not out and not figure:
         raise UserError("say what to make: --out=film.gif, or --figure=picture.png")
-    if out and pathlib.Path(out).suffix not in WRITERS:
-        raise UserError(f"--out={out} ends neither in .gif nor in .mp4")
-    for name, value, least in (("episodes", episodes, 1), ("steps", steps, 1), ("fps", fps, 1), ("height", height, 64)):
-        if value is not None and value < least:
-            raise UserError(f"--{name}={value}: at least {least}")
+    cli.check_output("out", out, *WRITERS)
+    cli.check_output("figure", figure, ".png", ".pdf")
+    cli.check_seeds(eval_seed=eval_seed)
+    for name, value, least, most in (("episodes", episodes, 1, 1000), ("steps", steps, 1, np.inf), ("fps", fps, 1, 100),
+                                     ("height", height, 64, 2160)):
+        if value is not None and not least <= value <= most:
+            raise UserError(f"--{name}={value}: from {least} to {most}")
     returns = []
     if out:
         returns = film(run, out, seed_index, episodes, steps, set, eval_seed, best, fps, height)
@@ -64,7 +66,8 @@ def visualize(*, run: str, out: str | None = None, figure: str | None = None, ag
 def film(folder, out, seed_index, episodes, steps, settings, eval_seed, best, fps, height):
     """Write the film; the returns of its episodes."""
     algorithm, config, run, meta = load(folder, best)
-    if not 0 <= seed_index < (num_seeds := len(jax.tree.leaves(run)[0])):
+    num_seeds = len(jax.tree.leaves(run)[0])
+    if not 0 <= seed_index < num_seeds:
         raise UserError(f"--seed_index={seed_index}, but {folder} has {num_seeds} seeds, from 0")
     name, kwargs = cli.eval_settings(config)
     kwargs = {**kwargs, **dict(setting(text) for text in settings)}

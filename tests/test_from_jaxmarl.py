@@ -41,6 +41,10 @@ PLANTED_ERRORS = {
 def test_names_and_packages(monkeypatch):
     with pytest.raises(UserError, match='did you mean "jaxmarl/MPE_simple_spread_v3"'):
         Env("MPE_simple_spred_v3")
+    with pytest.raises(UserError, match='no setting "num_agnts"; it has .*num_landmarks'):
+        Env("MPE_simple_spread_v3", num_agnts=2)
+    with pytest.raises(UserError, match="num_agents = 0"):
+        Env("MPE_simple_spread_v3", num_agents=0)
     with pytest.raises(UserError, match="no time limit"):
         Env("coin_game")
     monkeypatch.setitem(sys.modules, "jaxmarl", None)

@@ -272,53 +272,11 @@ def test_killed_at_any_moment_and_resumed_it_is_the_same_run(tmp_path):
     assert not list((victim / "checkpoints").glob(".*"))
 
 
-MISTAKES = {
-    "unknown key": (["--config.learning_rte=1"], "learning_rte"),
-    "near key": (["--config.num_env=8"], "num_envs"),
-    "wrong type": (["--config.num_envs=many"], "num_envs"),
-    "unknown environment": (["--config.env=gymnax/CartPol-v1"], "gymnax/CartPole-v1"),
-    "unknown source": (["--config.env=gymnas/CartPole-v1"], "gymnas/CartPole-v1"),
-    "unknown algorithm": (["--config.algorithm=pppo"], '"ppo"'),
-    "minibatches": (["--config.num_minibatches=7"], "num_minibatches = 7"),
-    "missing config": (["--config=configs/nothing.py"], "configs/nothing.py"),
-    "no budget": (["--config.env_steps=10"], "env_steps = 10"),
-    "nothing to resume": (["--resume"], "config.json"),
-    "misspelt flag": (["--num_seedz=2"], "num_seedz"),
-    "no flag": (["num_seeds=2"], "num_seeds=2"),
-    "no seeds": (["--num_seeds=0"], "--num_seeds=0"),
-    "negative devices": (["--devices=-1"], "--devices=-1"),
-    "coordinator without a port": (["--coordinator=foo"], "--coordinator=foo"),
-    "bad folder": (["--workdir=/dev/null/x"], "/dev/null"),
-    "a config's choice": (["--config=configs/ekf_lqr_pursuit.py", "--config.explore=joynt"], "joynt"),
-}
-FORKS = """
-import json, os, runpy, sys
-from launchers import train  # once, for all that follow
-
-for name, args in json.loads(sys.argv[1]).items():
-    read, write = os.pipe()
-    if not os.fork():
-        os.dup2(write, 2)
-        sys.argv = ["train", *args]
-        del sys.modules["launchers.train"]
-        runpy.run_module("launchers.train", run_name="__main__", alter_sys=True)
-    os.close(write)
-    error = os.fdopen(read).read()
-    print(json.dumps([name, os.waitstatus_to_exitcode(os.wait()[1]), error]))
-"""
-
-
-def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path):
-    """Each as a program, in forks of a process that has imported everything."""
-    typed = {name: [*(ARGS if "ekf_lqr" not in args[0] else ()), f"--workdir={tmp_path / 'run'}", *args]
-             for name, (args, _) in MISTAKES.items()}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKS, json.dumps(typed)], cwd=ROOT, text=True,
-                          capture_output=True, timeout=300)
-    results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(results) == len(MISTAKES), done.stderr
-    for name, status, error in results:
-        assert status != 0 and len(error.strip().splitlines()) == 1 and MISTAKES[name][1] in error, (name, error)
-    assert not list(tmp_path.iterdir())
+def test_a_mistake_is_one_line_of_a_program_too(tmp_path):
+    """In this process they are in tests/test_mistakes.py."""
+    done = program("train", *ARGS, "--config.num_env=8", f"--workdir={tmp_path / 'run'}")
+    said = done.error.strip().splitlines()
+    assert done.returncode == 2 and len(said) == 1 and "num_envs" in said[0] and not list(tmp_path.iterdir())
 
 
 def test_a_folder_with_another_run_is_a_mistake(uninterrupted):

@@ -12,12 +12,14 @@ JaxMARL knows only `done`. An end at the time limit is a truncation here, any ot
 agent ends before the episode does (a unit dies): `info["agent_done"]` [N], which a time limit never sets.
 """
 import difflib
+import inspect
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from core.config import check_settings
 from core.envs.interface import Box, Discrete, TimeStep
 from core.errors import UserError
 
@@ -35,6 +37,8 @@ class Env:
             hint = f'; did you mean "jaxmarl/{close[0]}"?' if close else ""
             raise UserError(f'unknown environment "jaxmarl/{name}"{hint}')
         with jax.ensure_compile_time_eval():  # inside a program, too, its constants are numbers
+            if kwargs:
+                check_settings(f"jaxmarl/{name}", kwargs, _settings(type(jaxmarl.make(name))))
             try:
                 self.env = jaxmarl.make(name, **kwargs)
             except (TypeError, ValueError, AssertionError) as error:
@@ -154,6 +158,13 @@ def _episode_length(env):
 
 def _width(space):
     return space.n if hasattr(space, "n") else space.shape[0]
+
+
+def _settings(kind):
+    """{name: default} of the parameters of a class and its parents: they hand on what they do not know."""
+    made = [inspect.signature(parent.__init__).parameters for parent in reversed(kind.__mro__[:-1])]
+    return {name: setting.default for parameters in made for name, setting in parameters.items()
+            if setting.kind is setting.POSITIONAL_OR_KEYWORD and name != "self"}
 
 
 def _common(name, spaces):
