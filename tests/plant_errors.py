@@ -13,8 +13,8 @@ breaks a copy of its own, never the working tree. Exit status 1: an error was mi
 
 Random errors meet the tests of their file: at most three test files, first the one of the same name, then those whose
 tables name the file most often, then those that import it. Each is run once with nothing planted, which records what
-functions each test calls, so that the quickest test that calls the broken function is the first. Those that change
-nothing stand in tests/equivalent_errors.py. Exit status 1: less than 90% of the others were caught.
+functions each test calls, so that the quickest test that calls the broken function is the first. A hang is a catch.
+Errors that change nothing stand in tests/equivalent_errors.py. Exit status 1: less than 90% of the others were caught.
 """
 import argparse
 import ast
@@ -44,6 +44,7 @@ PROGRAMS = ROOT / ".pytest_cache" / "programs"  # what tests/conftest.py keeps
 RECORDS = ROOT / ".pytest_cache" / "records"  # of tests that passed with nothing planted
 OURS = ("algorithms", "configs", "core", "launchers", "tests")
 ENOUGH = 0.9  # of random errors
+PATIENCE = 150.0  # seconds for one random error
 
 
 def read_table(path):
@@ -115,10 +116,12 @@ def start_server():
 
 
 class Recorder:
-    """A plugin of pytest: runs the tests that `first` names before the others, and may record what each calls."""
+    """A plugin of pytest: runs the tests that `first` names before the others, starts none after `patience` seconds,
+    and may record what each calls."""
 
-    def __init__(self, folder, first, record):
+    def __init__(self, folder, first, record, patience):
         self.folder, self.record, self.place = f"{folder}/", record, {test: i for i, test in enumerate(first)}
+        self.patience, self.began, self.stopped = patience, time.perf_counter(), False
         self.tests = {"": [0.0, set()]}  # {test: [seconds, functions]}; "" is what happens at import
 
     def functions_into(self, calls):
@@ -136,6 +139,9 @@ class Recorder:
     def pytest_collection_modifyitems(self, items):
         items.sort(key=lambda item: self.place.get(item.nodeid, len(self.place)))
 
+    def pytest_runtestloop(self, session):
+        self.session = session
+
     def pytest_runtest_logstart(self, nodeid):
         self.tests[nodeid] = [time.perf_counter(), set()]
         self.functions_into(self.tests[nodeid][1])
@@ -143,9 +149,11 @@ class Recorder:
     def pytest_runtest_logfinish(self, nodeid):
         sys.settrace(None)
         self.tests[nodeid][0] = time.perf_counter() - self.tests[nodeid][0]
+        if time.perf_counter() - self.began > self.patience and not self.session.testsfailed:
+            self.session.shouldstop = self.stopped = "no more time"
 
 
-def pytest_in_a_fork(folder, args, first, record):
+def pytest_in_a_fork(folder, args, first, record, patience):
     """Run by a fork of the server: forgets our modules, which are those of the working tree, and imports `folder`'s."""
     os.setsid()
     os.chdir(folder)
@@ -162,21 +170,21 @@ def pytest_in_a_fork(folder, args, first, record):
     if "jax" in sys.modules:
         sys.modules["jax"].config.update("jax_compilation_cache_dir", cache)
     import pytest
-    recorder = Recorder(folder, first, record)
+    recorder = Recorder(folder, first, record, patience)
     status = pytest.main(["-qx", "-p", "no:cacheprovider", "-m", "not slow", "--tb=no",
                           "-W", "ignore::pytest.PytestAssertRewriteWarning", *args], plugins=[recorder])
     pathlib.Path(f"{folder}.record").write_text(
         json.dumps({test: [seconds, sorted(calls)] for test, (seconds, calls) in recorder.tests.items()}))
     sys.stdout.flush()
-    os._exit(status)
+    os._exit(0 if recorder.stopped else status)
 
 
-def run_tests(folder, name, tests="", first=(), record=False, limit=900.0):
+def run_tests(folder, name, tests="", first=(), record=False, limit=900.0, patience=900.0):
     """(pytest's exit status, its last words, seconds) of tests/test_<name>.py in the copy `folder`."""
     target = f"tests/test_{name}.py"
     args = [f"{target}::{test}" for test in tests.split()] or [target]
     began = time.perf_counter()
-    process = SERVER.Process(target=pytest_in_a_fork, args=(str(folder), args, tuple(first), record))
+    process = SERVER.Process(target=pytest_in_a_fork, args=(str(folder), args, tuple(first), record, patience))
     process.start()
     process.join(limit)
     with contextlib.suppress(ProcessLookupError):  # what it started goes, too
@@ -346,10 +354,12 @@ def plant_random(workers, tables, names, count, seed):
         for name in tests_of(error.path, root, graph, tables):
             known = record_of(folder, name)
             first = in_order(known[0], error) if known else []
-            if not first:
+            if not first or seconds > PATIENCE:
                 continue
-            limit = min(5 * known[1] + 10, max(150, 2 * known[1]))
-            status, words, taken = plant(folder, error.path, error.planted, name, first=first, limit=limit)
+            longest = max(taken for taken, _ in known[0].values())
+            limit = 10 + 5 * min(known[1], PATIENCE / 5 + longest)
+            status, words, taken = plant(folder, error.path, error.planted, name, first=first, limit=limit,
+                                         patience=PATIENCE - seconds)
             seconds += taken
             if status:
                 verdict = "caught"
