@@ -11,26 +11,32 @@ from tests.equivalent_errors import EQUIVALENT
 
 TOOL = pathlib.Path(__file__).with_name("plant_errors.py")
 FILE, MUTATIONS = "tests/plant_errors.py", "tests/mutations.py"
+VERDICTS, SHOWN = "test_caught_missed_and_broken", "test_random_errors_are_caught_or_shown"
+DRAW, ORDER = "test_a_draw_depends_on_the_seed_alone", "test_the_quickest_test_that_calls_the_function_is_first"
+PEOPLE = "test_what_is_for_people_stays"
 PLANTED_ERRORS = {
-    "a passing suite is a catch": (FILE, '{0: "MISSED", 1: "caught"}', '{0: "caught", 1: "caught"}'),
-    "success whatever was missed": (FILE, 'return count["caught"] == len(errors)', "return True"),
-    "nothing planted at all": (FILE, "write_text(wrong(source))", "write_text(source)"),
-    "the working tree is broken": (FILE,
-        "    source = (folder / path).read_text()", "    folder = ROOT\n    source = (folder / path).read_text()"),
-    "equivalent errors count": (FILE, 'if verdict != "equivalent"]', "]"),
-    "equivalent errors are planted": (FILE, "if error.name in EQUIVALENT:", "if False:"),
-    "a random error is not missed": (FILE, "                verdict = \"caught\"\n", "                pass\n"),
-    "slow tests first": (FILE, "key=lambda test: (record[test][0], test)", "key=lambda test: (-record[test][0], test)"),
-    "tests that never call the function": (FILE, "if place in calls}", "}"),
-    "the same errors for every seed": (MUTATIONS, "random.Random(seed)", "random.Random(0)"),
-    "text for people is changed": (MUTATIONS, "visit_JoinedStr = visit_Raise = visit_Assert", "visit_Assert"),
-    "defaults are changed": (MUTATIONS, '("get_config", "__repr__", "__str__")', '("__repr__", "__str__")'),
-    "errors that change nothing": (MUTATIONS, "and is_another_program(sources[error.path], text)", ""),
+    "a passing suite is a catch": (FILE, '{0: "MISSED", 1: "caught"}', '{0: "caught", 1: "caught"}', VERDICTS),
+    "success whatever was missed": (FILE, 'return count["caught"] == len(errors)', "return True", VERDICTS),
+    "nothing planted at all": (FILE, "write_text(wrong(source))", "write_text(source)", VERDICTS),
+    "the working tree is broken": (FILE, "    source = (folder / path).read_text()",
+        "    folder = ROOT\n    source = (folder / path).read_text()", VERDICTS),
+    "a crash of pytest is a catch": (FILE, '.get(status, "BROKEN")', '.get(status, "caught")', VERDICTS),
+    "texts that occur twice": (FILE, "source.count(right) != 1", "source.count(right) < 1",
+                               "test_bad_entries_are_refused"),
+    "not restored": (FILE, "        (folder / path).write_text(source)\n\n", "        pass\n\n", VERDICTS),
+    "equivalent errors count": (FILE, 'if verdict != "equivalent"]', "]",
+                                "test_score_leaves_out_what_is_equivalent"),
+    "equivalent errors are planted": (FILE, "if error.name in EQUIVALENT:", "if False:", SHOWN),
+    "a random error is not missed": (FILE, '                verdict = "caught"\n', "                pass\n", SHOWN),
+    "slow tests first": (FILE, "key=lambda test: (record[test][0], test)", "key=lambda test: (-record[test][0], test)",
+                         ORDER),
+    "tests that never call the function": (FILE, "if place in calls}", "}", ORDER),
+    "the same errors for every seed": (MUTATIONS, "random.Random(seed)", "random.Random(0)", DRAW),
+    "text for people is changed": (MUTATIONS, "visit_JoinedStr = visit_Raise = visit_Assert", "visit_Assert", PEOPLE),
+    "defaults are changed": (MUTATIONS, '("get_config", "__repr__", "__str__")', '("__repr__", "__str__")', PEOPLE),
+    "errors that change nothing": (MUTATIONS, " and is_another_program(sources[error.path], text)", "", DRAW),
     "columns for bytes": (MUTATIONS, "return (data[:self.start] + self.text.encode() + data[self.end:]).decode()",
-                          "return source[:self.start] + self.text + source[self.end:]"),
-    "a crash of pytest is a catch": (FILE, '.get(status, "BROKEN")', '.get(status, "caught")'),
-    "texts that occur twice": (FILE, "source.count(right) != 1", "source.count(right) < 1"),
-    "not restored": (FILE, "        (folder / path).write_text(source)\n\n", "        pass\n\n"),
+                          "return source[:self.start] + self.text + source[self.end:]", DRAW),
 }
 
 TABLES = sorted(path.name for path in TOOL.parent.glob("test_*.py") if "PLANTED_ERRORS" in path.read_text())
