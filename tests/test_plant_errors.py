@@ -42,6 +42,7 @@ PLANTED_ERRORS = {
 TABLES = sorted(path.name for path in TOOL.parent.glob("test_*.py") if "PLANTED_ERRORS" in path.read_text())
 CODE = "def double(x):\n    return 2 * x\n\n\ndef half(x):\n    return x / 2\n"
 TEST = """
+import pathlib
 import calc
 HERE = "{}.py".format("calc")
 HEAVY = calc.double(1)
@@ -54,7 +55,7 @@ PLANTED_ERRORS = {
 
 
 def test_double():
-    assert calc.double(2) == 4
+    assert calc.double(2) == 4 and not pathlib.Path(calc.__file__).with_name(".git").exists()
 
 
 def test_half():
@@ -224,6 +225,8 @@ class Thing:
     def f(self, x: Box[3]) -> Box[4]:
         """obs - 1"""
         print(1 + 2)  # capacity - 1
+        self.title = f"{x[0]}"
+        raise self.errors[0]
         raise UserError(f"{self.size - 1} of {x}")
 
 
@@ -233,7 +236,7 @@ def get_config():
 
 
 def test_a_draw_depends_on_the_seed_alone():
-    source = "ε = 1e-3  # ε\n\n\ndef f(a, b):\n    return a - b * ε < 3 and g(a, b, axis=1)[0], (a)\n"
+    source = "ε = 1e-3  # ε\n\n\ndef f(a, b):\n    return a - b * ε < 3 and g(a, b, axis=1)[0], 0x1, 1\n"
     found = mutations.candidates("some.py", source)
     draws = [mutations.draw(found, 8, seed, {"some.py": source}) for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
