@@ -139,11 +139,24 @@ def _version(package):
         return None
 
 
-def _wandb_runs(workdir, config, seeds, mode):
+def check_wandb(mode: str) -> None:
+    """That W&B is installed, and knows who asks where it is to send something."""
+    if mode == "off":
+        return
     try:
         import wandb
     except ImportError as error:
         raise UserError(f"--wandb={mode} needs the package wandb: pip install wandb") from error
+    try:
+        if mode == "online" and not wandb.login(prompt=False):
+            raise UserError("--wandb=online needs a key: wandb login")
+    except wandb.errors.Error as error:
+        raise UserError(f"--wandb=online: {' '.join(str(error).split())}") from error
+
+
+def _wandb_runs(workdir, config, seeds, mode):
+    import wandb
+
     name = workdir.absolute().name
     return [
         wandb.init(project="monograph", group=name, name=f"{name}-seed{seed}", id=f"{name}-seed{seed}", resume="allow",

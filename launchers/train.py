@@ -32,7 +32,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from core import checkpoint
 from core.errors import UserError
 from core.evaluation import by_team, score, summarize, words
-from core.logging import Logger, finals, read_metrics
+from core.logging import Logger, check_wandb, finals, read_metrics
 from launchers import cli
 
 
@@ -61,6 +61,7 @@ def train(config, *, seed: int = 0, num_seeds: int = 1, eval_seed: int = 1_000_0
     for name, value, least in (("num_seeds", num_seeds, 1), ("save_every", save_every, 0), ("chunk", chunk, 0)):
         if not value >= least:
             raise UserError(f"--{name}={value}: at least {least}")
+    check_wandb(wandb)
     if config is not None:
         cli.algorithm_of(config)  # which checks the config
     workdir = workdir or f"runs/{cli.config_name(config)}-{time.strftime('%Y%m%d-%H%M%S')}"

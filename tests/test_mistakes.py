@@ -141,6 +141,7 @@ train $PPO --devices=-1                                                     | --
 train $PPO --devices=64                                                     | --devices=64
 train $PPO --devices=many                                                   | devices
 train $PPO --wandb=perhaps                                                  | wandb
+train $PPO --wandb=online                                                   | wandb login
 train $PPO --coordinator=foo                                                | --coordinator=foo
 train $PPO --coordinator=foo:bar                                            | --coordinator=foo:bar
 train $PPO --coordinator=127.0.0.1:99999                                    | --coordinator
@@ -372,7 +373,9 @@ def files_below(folder):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("launcher, args, culprit", [*rows()], ids=lambda value: " ".join(value) if isinstance(
     value, list) else None)
-def test_a_mistake_is_one_line_and_leaves_nothing(launcher, args, culprit, places, tmp_path, capfd):
+def test_a_mistake_is_one_line_and_leaves_nothing(launcher, args, culprit, places, tmp_path, capfd, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no.netrc"))
     for name, folder in (places | dict(NEW=tmp_path / "new")).items():
         args = [arg.replace(f"${name}", str(folder)) for arg in args]
         culprit = culprit.replace(f"${name}", str(folder))
