@@ -54,7 +54,7 @@ from flax import struct
 
 from core import planning
 from core.clock import Clock
-from core.config import choice, count, fraction, nonnegative, positive, whole
+from core.config import choice, count, fraction, nonnegative, positive, rising, whole
 from core.dataset import ReplayBuffer
 from core.envs import Box, ended, repeat, require, restart
 from core.errors import UserError
@@ -76,7 +76,7 @@ def get_config():
         num_members=count(5),  # B
         hidden_dims=count((200, 200)),
         weight_decay=nonnegative(2.5e-4),  # λ
-        log_var_bounds=(-10.0, 0.5),  # ℓ_min and ℓ_max at the start
+        log_var_bounds=rising((-10.0, 0.5)),  # ℓ_min and ℓ_max at the start
         bound_coef=nonnegative(0.01),  # κ
         lr=positive(1e-3),
         num_updates=count(1000),  # of a fit

@@ -14,11 +14,11 @@ from core.errors import UserError
 
 
 class Checked(ml_collections.FieldReference):
-    """A value, what it has to be, in words, and whether one of its entries is that."""
+    """A value, what it has to be in words, and whether each of its entries is that, or all together are."""
 
-    def __init__(self, value, words, holds):
+    def __init__(self, value, words, holds, together=False):
         super().__init__(value)
-        self.words, self.holds = words, holds
+        self.words, self.holds = words, holds if together else lambda value: all(map(holds, entries(value)))
 
 
 def count(value):
@@ -39,6 +39,10 @@ def nonnegative(value):
 
 def fraction(value):
     return Checked(value, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+
+
+def rising(value):
+    return Checked(value, "two numbers, the smaller one first", lambda x: len(x) == 2 and x[0] < x[1], together=True)
 
 
 def choice(default, *others):
@@ -63,7 +67,7 @@ def check(config: Any, declared: ml_collections.ConfigDict) -> None:
         default = rule.get() if isinstance(rule, Checked) else rule
         if not alike(value, default):
             raise UserError(f"{name} = {value!r}: {kind(default)} is due, like {default!r}")
-        if isinstance(rule, Checked) and not all(rule.holds(x) for x in entries(value)):
+        if isinstance(rule, Checked) and not rule.holds(value):
             raise UserError(f"{name} = {value!r}: has to be {rule.words}")
     for name, value in config.items():
         if hasattr(declared.get(name), "items") and not hasattr(value, "items"):
@@ -79,7 +83,7 @@ def check_settings(env: str, settings: Any, defaults: dict) -> None:
         default, here = defaults[name], f'{name} = {value!r} of environment "{env}"'
         if default is None or kind(default) not in KINDS.values():  # of a package: it has to check that itself
             continue
-        if not alike(value, default) and kind(value) != "a tuple":
+        if form(value) != form(default) and default != () or kind(value) != kind(default):
             raise UserError(f"{here}: {kind(default)} is due, like {default!r}")
         if any(isinstance(x, float) and not np.isfinite(x) for x in entries(value)):
             raise UserError(f"{here}: not a finite number")
@@ -108,6 +112,11 @@ KINDS = {bool: "True or False", int: "a number", float: "a number", str: "a stri
 
 def kind(value: Any) -> str:
     return KINDS.get(type(value), type(value).__name__)
+
+
+def form(value: Any) -> Any:
+    """The kind of a value, or of each entry of a tuple, in as many tuples."""
+    return [form(x) for x in value] if isinstance(value, (tuple, list)) else kind(value)
 
 
 def alike(value: Any, default: Any) -> bool:

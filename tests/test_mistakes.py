@@ -76,6 +76,15 @@ train $PPO --config.env=cartpole_swingup --config.env_kwargs.cart_mas=9     | ca
 train $PPO --config.env=cartpole_swingup --config.env_kwargs.cart_mass=-1   | cart_mass
 train $PPO --config.env=cartpole_swingup --config.env_kwargs.dt=inf         | dt
 train $PPO --config.env=cartpole_swingup --config.env_kwargs.substeps=1.5   | substeps
+train $PPO --config.env=linear_tracking "--config.env_kwargs.goal=(1.0,)"   | goal
+train $PPO --config.env=linear_tracking "--config.env_kwargs.a=((1.0,),)"   | a =
+train $PPO --config.env=linear_tracking "--config.env_kwargs.jump_by=(1,2)" | jump_by
+train $PPO --config.env=gymnasium/                                          | "gymnasium/"
+train $PPO --config.env=gymnasium/os:path                                   | "gymnasium/os:path"
+train $PPO --config.eval_env_kwargs.lenth=3                                 | lenth
+train $PETS "--config.log_var_bounds=(1,-1)"                                | log_var_bounds
+train $PETS "--config.log_var_bounds=(1,)"                                  | log_var_bounds
+train $PETS --config.smoke.num_steps=0                                      | smoke.num_steps
 train $TRACKING --config.env_kwargs.num_agents=0                            | num_agents
 train $TRACKING --config.env_kwargs.agents=3                                | num_agents
 train $TRACKING --config.env=gymnax/CartPole-v1                             | one agent

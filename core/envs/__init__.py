@@ -23,7 +23,7 @@ def make_env(name: str, num_envs: int, **kwargs):
     module = f"from_{source}" if source else name
     file = HERE / f"{module}.py"
     if module.startswith("from_") != bool(source) or not file.exists() or "\nclass Env" not in file.read_text():
-        known = [p.stem for p in HERE.glob("*.py") if "class Env" in p.read_text()]
+        known = [p.stem for p in HERE.glob("*.py") if "\nclass Env" in p.read_text()]
         known = [k.removeprefix("from_") + "/…" if k.startswith("from_") else k for k in [*known, "from_gymnasium"]]
         close = difflib.get_close_matches(name, known, n=1) or [", ".join(sorted(known))]
         raise UserError(f'unknown environment "{name}"; did you mean {close[0]}?')

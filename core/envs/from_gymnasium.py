@@ -188,8 +188,8 @@ def _make(name, kwargs):
     except gymnasium.error.DependencyNotInstalled as error:
         extra = 'the extra `mujoco`: pip install -e ".[mujoco]"' if "mujoco" in str(error).lower() else f"more: {error}"
         raise UserError(f'"gymnasium/{name}" needs {extra}') from error
-    except TypeError as error:
-        raise UserError(f'"gymnasium/{name}" with {kwargs}: {error}') from error
+    except (TypeError, ValueError, AssertionError, gymnasium.error.Error) as error:
+        raise UserError(f'"gymnasium/{name}" with {kwargs}: {" ".join(str(error).split())}') from error
 
 
 def _cost(name, registered, kwargs):

@@ -65,6 +65,8 @@ def check(env: Any) -> None:
     if env.spread < 1:
         raise UserError(f"spread = {env.spread}: a factor from 1 on, which means no spread")
     known = env.truth._fields
+    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in env.jump_by):
+        raise UserError(f"jump_by = {env.jump_by}: pairs of a name and what is added are due")
     if unknown := [name for name, _ in env.jump_by if name not in known]:
         raise UserError(f'jump_by names "{unknown[0]}", which is none of {", ".join(known)}')
     if env.jump_step >= env.max_steps:
