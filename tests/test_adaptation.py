@@ -28,7 +28,7 @@ PLANTED_ERRORS = {
     "back of the first seed": (ADAPTATION, "np.array([iqm(row) for row in x]) for x", "x[:, 0] for x", TABLE),
     "mean nll": (ADAPTATION, 'np.median(run.metrics["nll"], axis=0)', 'np.mean(run.metrics["nll"], axis=0)', TABLE),
     "coverage at the end": (ADAPTATION, 'run.metrics["covered"].mean(0)', 'run.metrics["covered"][-1]', TABLE),
-    "ms of all seeds": (ADAPTATION, '(summary["env_steps"] * len(summary["seeds"]))', 'summary["env_steps"]', TABLE),
+    "ms of all seeds": (ADAPTATION, 'summary["env_steps"] * len(summary["seeds"])', 'summary["env_steps"]', TABLE),
     "steps of all environments": (ADAPTATION, 'steps = run.metrics["env_steps"][:, 0] / run.config["num_envs"]',
                                   'steps = run.metrics["env_steps"][:, 0]', TABLE),
     "other truths compared": (ADAPTATION, '("env", "env_kwargs", "num_envs")', '("env", "num_envs")',
