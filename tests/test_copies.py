@@ -16,7 +16,12 @@ import numpy as np
 import pytest
 
 from core.dataset import Dataset
-from core.envs import Batch, Box, TimeStep, hidden
+from core.envs import Batch, Box, TimeStep, hidden, make_env
+from core.errors import UserError
+from core.evaluation import evaluate
+from launchers import cli
+from launchers import train as launcher
+from tests.keys import assert_once, with_keys
 
 ROOT = pathlib.Path(__file__).parents[1]
 BATCH, OWN_KEYS = "core/envs/batch.py", "test_environments_and_seeds_act_on_their_own"
@@ -28,6 +33,20 @@ PLANTED_ERRORS = {
     "environments step alike": (BATCH, "jax.random.split(step_key, self.num_envs)",
                                 "jnp.broadcast_to(step_key, (self.num_envs,))",
                                 "test_environments_and_seeds_start_and_step_on_their_own"),
+    "steps and resets share their keys": (BATCH, "jax.random.split(step_key, self.num_envs)",
+                                          "jax.random.split(reset_key, self.num_envs)",
+                                          "test_every_key_of_a_method_serves_once[ppo]"),
+    "a policy and its environment share their keys": ("core/evaluation.py", "act(carry, obs, act_key)",
+                                                      "act(carry, obs, env_key)",
+                                                      "test_every_key_of_an_evaluation_serves_once"),
+    "a jump and the drift share their keys": ("core/envs/hidden.py", "add_noise(drift_key,", "add_noise(draw_key,",
+                                              "test_every_key_of_an_environment_serves_once[linear_tracking]"),
+    "all iterations share their keys": ("launchers/train.py", "jax.random.fold_in(key, i), data)", "key, data)",
+                                        "test_every_key_of_a_launched_training_serves_once"),
+    "evaluations share their keys with measures": ("launchers/train.py",
+        "key = jax.random.fold_in(jax.random.fold_in(jax.random.key(eval_seed), seed), 1)",
+        "key = jax.random.fold_in(jax.random.key(eval_seed), seed)",
+        "test_every_key_of_a_launched_training_serves_once"),
     "ekf_lqr: environments plan alike": ("algorithms/ekf_lqr.py", SPLIT, SHARED, f"{OWN_KEYS}[ekf_lqr]"),
     "pets: environments plan alike": ("algorithms/pets.py", SPLIT, SHARED, f"{OWN_KEYS}[pets]"),
     "icem_online: environments plan alike": ("algorithms/icem_online.py", SPLIT, SHARED, f"{OWN_KEYS}[icem_online]"),
@@ -116,11 +135,13 @@ def get_config(name):
 
 ALGORITHMS = sorted(path.stem for path in (ROOT / "algorithms").glob("*.py") if path.stem != "__init__")
 ACTING = [name for name in ALGORITHMS if "dataset" not in get_config(name)]
+ENVIRONMENTS = ["gymnax/CartPole-v1", *sorted(path.stem for path in (ROOT / "core" / "envs").glob("*.py")
+                                              if "\nclass Env" in path.read_text() and "from_" not in path.stem)]
 
 
 @functools.cache
-def trained(name) -> tuple[Any, Any]:
-    """(runs [S, ...] before training, and after it)."""
+def trained(name) -> tuple[Any, Any, Any]:
+    """(runs [S, ...] before training, and after it, all keys that this took, and that acting and measuring take)."""
     algorithm, config = importlib.import_module(f"algorithms.{name}"), get_config(name)
     source = Batch(Witness(AGENTS if name == "ippo" else 0), ENVS)
     if "dataset" in config:
@@ -131,14 +152,18 @@ def trained(name) -> tuple[Any, Any]:
 
     @jax.vmap
     def seed(key):
-        init_key, train_key = jax.random.split(key)
+        init_key, train_key, act_key, measure_key = jax.random.split(key, 4)
         start = algorithm.init(init_key, source, config)
         run, _ = jax.lax.scan(lambda run, key: (algorithm.train_step(run, key, source, config)[0], None),
                               start, jax.random.split(train_key, ITERATIONS))
-        return start, run
+        carry = algorithm.initial_carry(run, ENVS) if hasattr(algorithm, "initial_carry") else ()
+        acted = algorithm.act(run, carry, run.obs, act_key) if name in ACTING else ()
+        measured = algorithm.measure(run, measure_key, source, config) if hasattr(algorithm, "measure") else {}
+        return start, run, acted, measured
 
     with jax.debug_key_reuse(False):  # it misfires on a scan over keys under vmap
-        return jax.jit(seed)(jax.random.split(jax.random.key(0), SEEDS))
+        (start, run, *_), used = jax.jit(with_keys(seed))(jax.random.split(jax.random.key(0), SEEDS))
+    return start, run, used
 
 
 def assert_all_differ(values):
@@ -151,6 +176,57 @@ def written(run):
     steps = int(state.t.max())
     assert (np.asarray(state.t) == steps).all() and 0 < steps < Witness.max_steps
     return state._replace(noise=state.noise[:, :, :steps], action=state.action[:, :, :steps])
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_key_of_a_method_serves_once(name):
+    """In copies, seeds and steps, for policies and environments, in training, acting and measuring."""
+    assert_once(trained(name)[2])
+
+
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_every_key_of_an_environment_serves_once(name):
+    try:
+        env = make_env(name, ENVS, spread=2.0, jump_step=1, drift=0.1, process_noise=0.1, observation_noise=0.1)
+    except UserError:  # nothing is hidden in it
+        env = make_env(name, ENVS)
+
+    def episode(key):
+        reset_key, *keys = jax.random.split(key, 3)
+        state, _ = env.reset(reset_key)
+        for key in keys:
+            action_key, key = jax.random.split(key)
+            agents = () if env.num_agents is None else (env.num_agents,)
+            state, _ = env.step(key, state, env.action_space.sample(action_key, (ENVS, *agents)))
+        return state
+
+    assert_once(with_keys(episode)(jax.random.key(0))[1])
+
+
+def test_every_key_of_an_evaluation_serves_once():
+    """The first two steps of it: a policy and its environment draw from keys of their own."""
+    def play(key):
+        return evaluate(lambda carry, obs, key: (carry, jax.random.normal(key, (ENVS, 1))), Batch(Witness(), ENVS), key)
+
+    keys = jax.random.split(jax.random.key(0), SEEDS)
+    assert_once(jax.jit(with_keys(jax.vmap(play)))(keys)[1])
+
+
+def test_every_key_of_a_launched_training_serves_once(monkeypatch):
+    """In the programs of launchers.train: iterations, evaluations and measures of all seeds."""
+    monkeypatch.setattr(cli, "make_env", lambda name, num_envs, **kwargs: Batch(Witness(), num_envs))
+    algorithm, config = importlib.import_module("algorithms.icem_online"), get_config("icem_online")
+    seeds, source = jnp.arange(SEEDS), Batch(Witness(), ENVS)
+    init, train, test, measure, info = launcher.programs(algorithm, config, SEEDS, 7, source)
+
+    def whole(seeds):
+        run = init(seeds, ())
+        totals = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(info, run, ()))
+        run, totals = train(run, (totals, jnp.full(SEEDS, -1)), seeds, (), 0, 2)
+        return run, test(run, seeds, ()), measure(run, seeds, ())
+
+    with jax.debug_key_reuse(False):
+        assert_once(jax.jit(with_keys(whole))(seeds)[1])
 
 
 @pytest.mark.parametrize("name", ACTING)
