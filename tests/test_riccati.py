@@ -9,8 +9,11 @@ from core.envs import riccati
 
 RICCATI = "core/envs/riccati.py"
 PLANTED_ERRORS = {
-    "too few doublings": (RICCATI, "DOUBLINGS = 12", "DOUBLINGS = 6"),
-    "H downdated": (RICCATI, "symmetric(H + (right @ A).T", "symmetric(H - (right @ A).T"),
+    "too few doublings": (RICCATI, "DOUBLINGS = 20", "DOUBLINGS = 12"),
+    "unsettled, and silent": (RICCATI, "jnp.where(settled, P, jnp.nan)", "P"),
+    "settled if the transition is small alone": (RICCATI, " | (change <= small * jnp.abs(P).max())", ""),
+    "ends too early": (RICCATI, "jnp.abs(state[1]).max() > small", "jnp.abs(state[1]).max() > small**0.1"),
+    "H downdated": (RICCATI, "H + change, jnp.abs", "H - change, jnp.abs"),
     "G not whitened": (RICCATI, "A @ (G - left.T @ left) @ A.T", "A @ G @ A.T"),
     "A of one step": (RICCATI, "return A @ WA,", "return A @ A,"),
     "derivative without R": (RICCATI, "dQ + K.T @ dR @ K + moved", "dQ + moved"),
@@ -106,6 +109,27 @@ def test_many_are_solved_at_once_and_float32_does():
     for mine, (A, B, Q, R) in zip(K, cases, strict=True):
         P = scipy.linalg.solve_discrete_are(A, B, Q, R)
         np.testing.assert_allclose(mine, np.linalg.solve(R + B.T @ P @ B, B.T @ P @ A), rtol=2e-3)
+
+
+@pytest.mark.parametrize("dtype, tol", [(np.float32, 2e-3), (np.float64, 1e-8)])
+@pytest.mark.parametrize("q", [1e-3, 1e-9])
+def test_a_regulator_at_the_margin_is_solved_too(q, dtype, tol):
+    """A = B = R = 1: P² = q P + q, and dP/dq = (P + 1) / (2 P − q)."""
+    P = (q + np.sqrt(q**2 + 4 * q)) / 2
+    one = jnp.ones((1, 1), dtype)
+    found, slope = jax.jit(jax.value_and_grad(lambda q: riccati.solve(one, one, q * one, one)[0, 0]))(dtype(q))
+    np.testing.assert_allclose(found, P, rtol=tol)
+    np.testing.assert_allclose(slope, (P + 1) / (2 * P - q), rtol=tol)
+
+
+def test_what_has_not_settled_is_not_a_number():
+    """A cost too small, or a state that grows and that nothing moves; what stays and costs nothing has P = 0."""
+    one, solve = jnp.ones((1, 1)), jax.jit(riccati.solve)
+    assert np.isnan(solve(one, one, 1e-16 * one, one)).all()
+    assert np.isnan(solve(1.5 * one, 0 * one, one, one)).all()
+    idle = solve(jnp.diag(jnp.array([0.5, 1.0])), jnp.array([[1.0], [0.0]]), jnp.diag(jnp.array([2.0, 0.0])), one)
+    P = np.roots([1.0, 1 - 0.25 - 2.0, -2.0]).max()  # P = 2 + P / 4 − (P / 2)² / (1 + P)
+    np.testing.assert_allclose(idle, np.diag([P, 0.0]), rtol=1e-8, atol=1e-12)
 
 
 def test_nothing_of_it_is_lapack():

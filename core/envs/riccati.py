@@ -8,7 +8,9 @@ Structured doubling (Chu et al., 2004) makes 2^k steps of value iteration of k d
     A <- A W A,   G <- G + A W G A',   H <- H + A'H W A,   W = (I + G H)⁻¹;   H -> P
 
 With H = L L' it is W = I − G L (I + L'G L)⁻¹ L', so that only what is symmetric and positive definite is inverted, by
-elimination written out: nothing here calls LAPACK for up to 8 states, and all of it runs under vmap.
+elimination written out: nothing here calls LAPACK for up to 8 states, and all of it runs under vmap. A becomes the
+transition of 2^k steps under the regulator. The doubling ends where that is small (H then changes by its square), and P
+is NaN where H still changes after DOUBLINGS of them: A = B = 1 is solved down to Q = 10⁻⁹ R.
 
 Implicitly, with F = A − B K, which is stable:   dP = F'dP F + M,   M = dQ + K'dR K + F'P dF_K + (F'P dF_K)',
 dF_K = dA − dB K, or dP = Σ_k F'^k M F^k, again by doubling. No iteration is differentiated.
@@ -18,23 +20,28 @@ import jax.numpy as jnp
 
 from core.ekf import eliminate
 
-DOUBLINGS = 12  # 4096 steps of value iteration
+DOUBLINGS = 20  # at most: a million steps of value iteration
 
 
 @jax.custom_jvp
 def solve(A: jax.Array, B: jax.Array, Q: jax.Array, R: jax.Array) -> jax.Array:
     """P [n, n] of A [n, n], B [n, m], Q [n, n] >= 0 and R [m, m] > 0."""
-    def double(_, AGH):
-        A, G, H = AGH
+    def double(state):
+        k, A, G, H, _ = state
         L = root(H)
         GL = G @ L
         solved = eliminate(L.T @ GL, jnp.concatenate([GL.T, L.T], axis=1), 1.0)[0]  # (I + L'G L)^(−½) times L'G and L'
         left, right = jnp.split(solved, 2, axis=1)
         WA = A - left.T @ (right @ A)
-        return A @ WA, symmetric(G + A @ (G - left.T @ left) @ A.T), symmetric(H + (right @ A).T @ (right @ A))
+        change = symmetric((right @ A).T @ (right @ A))
+        return k + 1, A @ WA, symmetric(G + A @ (G - left.T @ left) @ A.T), H + change, jnp.abs(change).max()
 
-    start = (jnp.asarray(A), symmetric(B @ divide(R, B.T)), jnp.asarray(Q))
-    return jax.lax.fori_loop(0, DOUBLINGS, double, start)[2]
+    small = jnp.finfo(jnp.result_type(A)).eps ** 0.5
+    start = (0, jnp.asarray(A), symmetric(B @ divide(R, B.T)), jnp.asarray(Q), jnp.abs(Q).max())
+    _, A, _, P, change = jax.lax.while_loop(
+        lambda state: (state[0] < DOUBLINGS) & (jnp.abs(state[1]).max() > small), double, start)
+    settled = (jnp.abs(A).max() <= small) | (change <= small * jnp.abs(P).max())
+    return jnp.where(settled, P, jnp.nan)
 
 
 @solve.defjvp
