@@ -72,6 +72,8 @@ def check(config: Any, declared: ml_collections.ConfigDict) -> None:
     for name, value in config.items():
         if hasattr(declared.get(name), "items") and not hasattr(value, "items"):
             raise UserError(f"{name} = {value!r}: a section of keys is due")
+        if hasattr(value, "items") and name in declared and not hasattr(declared.get(name), "items"):
+            raise UserError(f"{name} = {value.to_dict()}: a section of keys where one value is due")
 
 
 def check_settings(env: str, settings: Any, defaults: dict) -> None:
