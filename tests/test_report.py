@@ -36,6 +36,8 @@ PLANTED_ERRORS = {
     "ends before it begins": (FILE, " or text.index(BEGIN) > text.index(END)", ""),
     "headline of another": (FILE, ' or row["algorithm"] != name:', ":"),
     "machines told once for all": (FILE, "'All rows' if len(machines) == 1", "'All rows' if machines"),
+    "infinity is a number": (FILE, " and math.isfinite(number)", ""),
+    "html in a published number": (FILE, 'if re.search(r"[<|\\n]", entry["published"]):', "if False:"),
     "name without a run": (FILE, "if run is None and name is not None:", "if False:"),
 }
 
@@ -185,6 +187,7 @@ def test_text_from_a_folder_is_only_text(root, text):
     (dict(env=None), "env is missing"), (dict(seeds=[]), "seeds is missing"), (dict(final=3.0), "final is missing"),
     (dict(final={}), "final is no"), (dict(final={"return_team0": 3}), "team0 is no"),
     (dict(final=FOUR | dict(ci95=None)), "return is no"), (dict(final=FOUR | dict(iqm="<b>")), "return is no"),
+    (dict(final=FOUR | dict(iqm=float("inf"))), "return is no"), (dict(env_steps=10**30), "z.json is damaged"),
     (dict(gain_error=1.0), "gain_error is no"),
     (dict(score="return"), "score is damaged")])
 def test_damaged_rows_are_named_and_nothing_is_written(root, changes, words):
@@ -216,8 +219,11 @@ def test_damaged_runs_are_named(root, name, text, words):
 
 
 def test_refusals(root):
+    row = root / "configs" / "results" / "ppo_x.json"
+    before = row.read_bytes(), page(root)
     with pytest.raises(UserError, match="smoke run"):
-        report.report(run=str(finished_run(root, smoke=True)))
+        report.report(run=str(finished_run(root, smoke=True)), name="ppo_x")
+    assert (row.read_bytes(), page(root)) == before
     with pytest.raises(UserError, match="say which with --run"):
         report.report(name="x")
     (root / "runs" / "x" / "summary.json").write_text(json.dumps(ROW))
@@ -232,6 +238,9 @@ def test_refusals(root):
     ("docs/published.json", '{"ppo": {"row": "y", "published": "1"}}', "ppo names y, and configs/results has no such"),
     ("docs/published.json", '{"sac": {"row": "ppo_x", "published": "1"}}', "sac names ppo_x, and configs/results has"),
     ("docs/published.json", '{"ppo": {"row": "ppo_x"}}', 'ppo needs "row" and "published"'),
+    ("docs/published.json", '{"ppo": {"row": [], "published": "1"}}', 'ppo needs "row" and "published"'),
+    ("docs/published.json", '{"ppo": {"row": "ppo_x", "published": "<b>"}}', "published holds one of"),
+    ("docs/published.json", '{"ppo": {"row": "ppo_x", "published": "1 | 2"}}', "published holds one of"),
     ("docs/published.json", '{"ppo": {"row": "ppo_x", "published": "1", "measure": "x"}}', "has no measure x")])
 def test_damaged_pages_are_named_and_nothing_is_written(root, name, text, words):
     (root / name).write_text(text)
