@@ -199,7 +199,7 @@ def programs(algorithm, config, num_seeds, eval_seed, source):
         return score(*played(run, seed), cli.teams_of(config))
 
     def measure(run, seed, data):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(eval_seed), seed), 1)
+        key = jax.random.fold_in(jax.random.key(eval_seed), ~seed)  # none that an evaluation has
         if offline:
             return algorithm.measure(run, key, data, config)
         env = cli.eval_env(config, config.num_envs)

@@ -44,8 +44,7 @@ PLANTED_ERRORS = {
     "all iterations share their keys": ("launchers/train.py", "jax.random.fold_in(key, i), data)", "key, data)",
                                         "test_every_key_of_a_launched_training_serves_once"),
     "evaluations share their keys with measures": ("launchers/train.py",
-        "key = jax.random.fold_in(jax.random.fold_in(jax.random.key(eval_seed), seed), 1)",
-        "key = jax.random.fold_in(jax.random.key(eval_seed), seed)",
+        "jax.random.fold_in(jax.random.key(eval_seed), ~seed)", "jax.random.fold_in(jax.random.key(eval_seed), seed)",
         "test_every_key_of_a_launched_training_serves_once"),
     "ekf_lqr: environments plan alike": ("algorithms/ekf_lqr.py", SPLIT, SHARED, f"{OWN_KEYS}[ekf_lqr]"),
     "pets: environments plan alike": ("algorithms/pets.py", SPLIT, SHARED, f"{OWN_KEYS}[pets]"),
@@ -216,6 +215,7 @@ def test_every_key_of_a_launched_training_serves_once(monkeypatch):
     """In the programs of launchers.train: iterations, evaluations and measures of all seeds."""
     monkeypatch.setattr(cli, "make_env", lambda name, num_envs, **kwargs: Batch(Witness(), num_envs))
     algorithm, config = importlib.import_module("algorithms.icem_online"), get_config("icem_online")
+    config = ml_collections.FrozenConfigDict(config.to_dict() | dict(rehearse=True))  # measuring draws, too
     seeds, source = jnp.arange(SEEDS), Batch(Witness(), ENVS)
     init, train, test, measure, info = launcher.programs(algorithm, config, SEEDS, 7, source)
 
