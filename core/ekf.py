@@ -19,11 +19,17 @@ Any of them can be a belief about the last layer of a network alone: `Full.creat
 h = `lambda head: net({**params, "Dense_2": head}, x)`. Then h is linear and `Full` is exact. All functions here
 are pure.
 
+A belief computes in float64 and is kept in two float32 halves, `mean` and `low["mean"]`, `cov` and `low["cov"]`, also
+where JAX is set to float32. In float32 alone a direction that is observed 10⁵ times next to one that is never observed
+gets a variance thousands of times too large, and small changes of the mean are rounded away. Two halves hold a variance
+that is 10⁻¹² of that of its neighbours (FLOOR); what is observed better than that stays there.
+
 Where h is not linear, the Jacobians at two estimates differ, and the variance shrinks in directions that no observation
 tells anything about. Example: y = θ_0 θ_1 says nothing about the ratio θ_0 / θ_1, and yet its variance shrinks
 (tests/test_ekf.py). Choose parameters without such directions.
 """
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -56,16 +62,44 @@ class Info(NamedTuple):
     information: jax.Array  # nats gained about θ
 
 
+def double(function: Callable) -> Callable:
+    """`function` of a belief and numbers, computed in float64: its arguments are made wide, and its results narrow."""
+    def is_belief(x):
+        return isinstance(x, Belief)
+
+    def widen(x):
+        if not is_belief(x):
+            return jnp.asarray(x, float)
+        arrays = {name: getattr(x, name).astype(float) + low for name, low in x.low.items()}
+        return x.replace(**arrays, low=jax.tree.map(jnp.zeros_like, arrays))
+
+    def narrow(x, dtype):
+        if not is_belief(x):
+            return x.astype(dtype)
+        high = {name: getattr(x, name).astype(dtype) for name in x.low}
+        return x.replace(**high, low={name: (getattr(x, name) - high[name]).astype(dtype) for name in high})
+
+    @functools.wraps(function)
+    def wide(belief, *args, **kwargs):
+        with jax.enable_x64(True):
+            args, kwargs = jax.tree.map(widen, ((belief, *args), kwargs), is_leaf=is_belief)
+            result = function(*args, **kwargs)
+            return jax.tree.map(lambda x: narrow(x, belief.mean.dtype), result, is_leaf=is_belief)
+
+    return wide
+
+
 class Full(struct.PyTreeNode):
     mean: jax.Array  # [n]
     cov: jax.Array  # [n, n]
+    low: dict[str, jax.Array]  # what float32 cuts off of these two
     unravel: Unravel = struct.field(pytree_node=False)
 
     @classmethod
     def create(cls, params: Any, var: Any) -> "Full":
         """`var`: prior variance, one number or a tree of them whose structure is a prefix of `params`."""
         mean, var, unravel = ravel(params, var)
-        return cls(mean, jnp.diag(var), unravel)
+        return cls(mean, jnp.diag(var), dict(mean=jnp.zeros_like(mean), cov=jnp.zeros_like(jnp.diag(var))), unravel)
 
     @property
     def params(self) -> Any:
@@ -75,51 +109,58 @@ class Full(struct.PyTreeNode):
     def var(self) -> jax.Array:
         return jnp.diagonal(self.cov, axis1=-2, axis2=-1)
 
+    @double
     def predict(self, decay: jax.Array | float = 1.0, noise: jax.Array | float = 0.0) -> "Full":
         """P⁻ = γ² P + diag(noise), `noise` a number or [n]."""
-        noise = jnp.broadcast_to(jnp.asarray(noise, self.mean.dtype), self.mean.shape)
+        noise = jnp.broadcast_to(noise, self.mean.shape)
         return self.replace(mean=decay * self.mean, cov=decay**2 * self.cov + jnp.diag(noise))
 
+    @double
     def forget(self, factor: jax.Array | float, max_trace: jax.Array | float) -> "Full":
         """P⁻ = P / factor. What is not observed would grow without bound, so tr P stops at `max_trace`."""
         return self.replace(cov=self.cov * inflation(self, factor, max_trace))
 
     def times(self, H: jax.Array) -> jax.Array:
         """H P: [d, n] -> [d, n]."""
-        return H @ self.cov
+        return matmul(H, self.cov)
 
     def shrink(self, H: jax.Array, W: jax.Array, K: jax.Array) -> "Full":
-        """P⁻ -> P for whitened rows H [d, n] (R = I), where W'W = K S K' and K [d, n] is the gain's transpose.
+        """P⁻ -> P for whitened rows H [d, n] (R = I), where W'W = K S K' and K [d, n] is the gain's transpose."""
+        return self.replace(cov=self.cov - gram(W))
 
-        X = P⁻ − W'W is exact but for rounding; the exact posterior has X H' = K, so the residual B = X H' − K is pure
-        rounding error along H, and X − ½ (K B' + B K') is Joseph's form of P, factored so as to cost O(n² d). Rounding
-        errors off H remain, about one unit in the last place of P; two added to the diagonal, where the observation
-        changed it, outweigh them. That keeps P positive definite for any number of float32 steps, and can cost an
-        unobserved direction 2.4 % of its variance, upwards, in 10⁵. Sums of squares keep P symmetric to the last bit.
+    def support(self, H: jax.Array, HP: jax.Array) -> tuple["Full", jax.Array]:
+        """P + α diag P, and H times it, with the least α >= 0 that gives every row h of H a variance h'P h >= FLOOR
+        h'(diag P) h.
+
+        Rounding errors are about 2⁻⁴⁸ of the diagonal. They add up over the steps, and P stays positive definite only
+        if what is observed keeps a variance well above them.
         """
-        X = self.cov - gram(W)
-        B = H @ X - K
-        cov = X - 0.25 * (gram(K + B) - gram(K - B))
-        rounding = jnp.where((W != 0.0).any(axis=0), 2 * jnp.finfo(cov.dtype).eps * jnp.diagonal(cov), 0.0)
-        return self.replace(cov=cov + jnp.diag(rounding))
+        whole = matmul(jnp.square(H), self.var)
+        share = jnp.where(whole > 0, (HP * H).sum(axis=1) / jnp.where(whole > 0, whole, 1.0), 1.0)
+        added = jnp.maximum(FLOOR - share.min(), 0.0) * self.var
+        return self.replace(cov=self.cov + jnp.diag(added)), HP + H * added[None]
 
 
 class Diagonal(struct.PyTreeNode):
     mean: jax.Array  # [n]
     var: jax.Array  # [n]
+    low: dict[str, jax.Array]
     unravel: Unravel = struct.field(pytree_node=False)
 
     @classmethod
     def create(cls, params: Any, var: Any) -> "Diagonal":
-        return cls(*ravel(params, var))
+        mean, var, unravel = ravel(params, var)
+        return cls(mean, var, dict(mean=jnp.zeros_like(mean), var=jnp.zeros_like(var)), unravel)
 
     @property
     def params(self) -> Any:
         return self.unravel(self.mean)
 
+    @double
     def predict(self, decay: jax.Array | float = 1.0, noise: jax.Array | float = 0.0) -> "Diagonal":
         return self.replace(mean=decay * self.mean, var=decay**2 * self.var + noise)
 
+    @double
     def forget(self, factor: jax.Array | float, max_trace: jax.Array | float) -> "Diagonal":
         return self.replace(var=self.var * inflation(self, factor, max_trace))
 
@@ -135,51 +176,57 @@ class LowRank(struct.PyTreeNode):
     mean: jax.Array  # [n]
     precision: jax.Array  # [n], Υ
     factor: jax.Array  # [n, r], W
+    low: dict[str, jax.Array]
     unravel: Unravel = struct.field(pytree_node=False)
 
     @classmethod
     def create(cls, params: Any, var: Any, rank: int) -> "LowRank":
         mean, var, unravel = ravel(params, var)
-        return cls(mean, 1.0 / var, jnp.zeros((mean.size, rank), mean.dtype), unravel)
+        arrays = dict(mean=mean, precision=1.0 / var, factor=jnp.zeros((mean.size, rank), mean.dtype))
+        return cls(**arrays, low=jax.tree.map(jnp.zeros_like, arrays), unravel=unravel)
 
     @property
     def params(self) -> Any:
         return self.unravel(self.mean)
 
     @property
+    @double
     def var(self) -> jax.Array:
         return 1.0 / self.precision - jnp.square(self.root()).sum(axis=0)
 
     def root(self) -> jax.Array:
         """U [r, n] of P = diag(1/Υ) − U'U (Woodbury): U = C^(−½) W' Υ⁻¹, C = I + W' Υ⁻¹ W."""
         scaled = self.factor / self.precision[:, None]
-        return eliminate(self.factor.T @ scaled, scaled.T, 1.0)[0]
+        return eliminate(matmul(self.factor.T, scaled), scaled.T, 1.0)[0]
 
+    @double
     def predict(self, decay: jax.Array | float = 1.0, noise: jax.Array | float = 0.0) -> "LowRank":
         """Exact: γ² (Υ + W W')⁻¹ + diag(noise) is again the inverse of a diagonal plus rank r."""
         precision = 1.0 / (decay**2 / self.precision + noise)
         scaled = self.factor / self.precision[:, None]
-        inner = scaled.T @ (self.factor * (precision * noise)[:, None])
+        inner = matmul(scaled.T, self.factor * (precision * noise)[:, None])
         factor = decay * precision[:, None] * eliminate(inner, scaled.T, 1.0)[0].T
         return self.replace(mean=decay * self.mean, precision=precision, factor=factor)
 
+    @double
     def forget(self, factor: jax.Array | float, max_trace: jax.Array | float) -> "LowRank":
         scale = inflation(self, factor, max_trace)
         return self.replace(precision=self.precision / scale, factor=self.factor / jnp.sqrt(scale))
 
     def times(self, H: jax.Array) -> jax.Array:
         U = self.root()
-        return H / self.precision[None] - (H @ U.T) @ U
+        return H / self.precision[None] - matmul(matmul(H, U.T), U)
 
     def shrink(self, H: jax.Array, W: jax.Array, K: jax.Array) -> "LowRank":
         """The new precision Υ + [W, H'] [W, H']' keeps its r largest directions; the rest leaves its diagonal in Υ."""
         wide = jnp.concatenate([self.factor, H.T], axis=1)  # [n, r + d]
-        wide = wide @ eigenvectors(wide.T @ wide)  # orthogonal columns, the shortest first
+        wide = matmul(wide, eigenvectors(matmul(wide.T, wide)))  # orthogonal columns, the shortest first
         dropped, factor = wide[:, : H.shape[0]], wide[:, H.shape[0] :]
         return self.replace(precision=self.precision + jnp.square(dropped).sum(axis=1), factor=factor)
 
 
 Belief = Full | Diagonal | LowRank
+FLOOR = 2.0**-40  # of its coordinates' variances, the least that a direction keeps
 
 
 def linearize(h: Callable[[Any], jax.Array], belief: Belief, mean: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -198,8 +245,8 @@ def linearize(h: Callable[[Any], jax.Array], belief: Belief, mean: jax.Array) ->
 def update(
     belief: Belief, h: Callable[[Any], jax.Array], obs: jax.Array, R: jax.Array, num_iterations: int = 1
 ) -> tuple[Belief, Info]:
-    """Condition on y = h(θ) + v, `obs` y [d]. `R`: variances [d] or covariance [d, d] of v; a component of infinite
-    variance is not observed.
+    """Condition on y = h(θ) + v, `obs` y [d]. `R`: variances [d] or covariance [d, d] of v. A component of infinite
+    variance is not observed: it changes nothing and is not counted, whatever its `obs`.
 
     With `num_iterations` > 1 (iterated EKF, Bell & Cathey, 1993) h is linearised again at the new mean m_i, and the
     *prior* is conditioned again on y − h(m_i) − H_i (m⁻ − m_i): the observation counts once. Each of these Gauss-Newton
@@ -238,25 +285,37 @@ def update(
 
 def condition(belief: Belief, H: jax.Array, innovation: jax.Array, R: jax.Array) -> tuple[Belief, Info, jax.Array]:
     """The update for H [d, n] and ν [d], where S = H P H' + R; and H' S⁻¹ ν [n] = P⁻¹ (m − m⁻)."""
+    posterior, info, pull = _condition(belief, H, innovation, R)
+    return posterior, info._replace(innovation=innovation), pull
+
+
+@double
+def _condition(belief, H, innovation, R):
     d, n = H.shape
-    white, log_std = whiten(R, jnp.concatenate([H, innovation[:, None]], axis=1))
+    white, log_scale = whiten(R, jnp.concatenate([H, innovation[:, None]], axis=1))
     H, nu = white[:, :n], white[:, n:]
     HP = belief.times(H)
-    solved, excess = eliminate(HP @ H.T, jnp.concatenate([HP, nu, jnp.eye(d, dtype=H.dtype)], axis=1), 1.0)
+    if isinstance(belief, Full):
+        belief, HP = belief.support(H, HP)
+    solved, excess = eliminate(matmul(HP, H.T), jnp.concatenate([HP, nu, jnp.eye(d, dtype=H.dtype)], axis=1), 1.0)
     W, z, root = solved[:, :n], solved[:, n], solved[:, n + 1 :]  # S^(−½) times HP, ν and I
-    information, nis = 0.5 * jnp.log1p(excess).sum(), z @ z
-    info = Info(innovation, nis, -0.5 * (nis + d * math.log(2 * math.pi)) - information - log_std, information)
-    posterior = belief.shrink(H, W, root.T @ W)
-    return posterior.replace(mean=belief.mean + z @ W), info, z @ root @ H
+    information, nis = 0.5 * jnp.log1p(excess).sum(), jnp.square(z).sum()
+    info = Info(innovation, nis, -0.5 * nis - information - log_scale, information)
+    posterior = belief.shrink(H, W, matmul(root.T, W))
+    return posterior.replace(mean=belief.mean + matmul(z, W)), info, matmul(matmul(z, root), H)
+
+
+@double
+def spread(belief: Belief, H: jax.Array) -> jax.Array:
+    """H P H' [d, d]."""
+    return matmul(belief.times(H), H.T)
 
 
 def adapt_R(R: jax.Array, posterior: Belief, h: Callable[[Any], jax.Array], obs: jax.Array, rate: float) -> jax.Array:
     """R ← R + rate (e e' + H P H' − R), with the residual e = y − h(m) *after* the update: E[e e'] = R − H P H'."""
     pred, H = linearize(h, posterior, posterior.mean)
-    residual = obs - pred
-    if R.ndim == 1:
-        return R + rate * (residual**2 + (posterior.times(H) * H).sum(axis=1) - R)
-    return R + rate * (jnp.outer(residual, residual) + posterior.times(H) @ H.T - R)
+    found = jnp.outer(obs - pred, obs - pred) + spread(posterior, H)
+    return (1 - rate) * R + rate * (jnp.diagonal(found) if R.ndim == 1 else found)
 
 
 def adapt_noise(noise: jax.Array, pred: Belief, posterior: Belief, rate: float) -> jax.Array:
@@ -338,18 +397,29 @@ def eliminate(S: jax.Array, B: jax.Array, unit: float) -> tuple[jax.Array, jax.A
     return jnp.stack([row[d:] for row in rows]), jnp.stack(pivots)
 
 
+def matmul(A: jax.Array, B: jax.Array) -> jax.Array:
+    """A B without a dtype of the result, which vmap, outside of `double`, would make float32."""
+    return jax.lax.dot(A, B, precision="highest")
+
+
 def whiten(R: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """R^(−½) x for R [d] or [d, d] and x [d, ...]; and ½ log det R."""
+    """R^(−½) x for R [d] or [d, d] and x [d, ...]; and ½ log det(2π R). Rows of infinite variance become 0 in x, and
+    the determinant is that of the others."""
+    seen = jnp.isfinite(R if R.ndim == 1 else jnp.diagonal(R))
+    x = jnp.where(seen.reshape(-1, *[1] * (x.ndim - 1)), x, 0.0)
+    constant = 0.5 * math.log(2 * math.pi) * seen.sum()
     if R.ndim == 1:
-        return x * jax.lax.rsqrt(R).reshape(-1, *[1] * (x.ndim - 1)), 0.5 * jnp.log(R).sum()
-    root, pivots = eliminate(R, jnp.eye(R.shape[0], dtype=R.dtype), 0.0)
-    return jnp.tensordot(root, x, 1), 0.5 * jnp.log(pivots).sum()
+        R = jnp.where(seen, R, 1.0)
+        return x * jax.lax.rsqrt(R).reshape(-1, *[1] * (x.ndim - 1)), 0.5 * jnp.log(R).sum() + constant
+    R = jnp.where(seen[:, None] & seen[None], R, jnp.eye(len(R), dtype=R.dtype))
+    root, pivots = eliminate(R, jnp.eye(len(R), dtype=R.dtype), 0.0)
+    return (matmul(root, x) if x.ndim <= 2 else jnp.tensordot(root, x, 1)), 0.5 * jnp.log(pivots).sum() + constant
 
 
 def gram(A: jax.Array) -> jax.Array:
     """A'A [n, n] of A [d, n]. Few rows are summed entry by entry, in one pass over memory with what follows."""
     if A.shape[0] > 8:
-        product = A.T @ A
+        product = matmul(A.T, A)
         return 0.5 * (product + product.T)
     return sum(row[:, None] * row[None] for row in A)
 
@@ -366,19 +436,19 @@ def eigenvectors(A: jax.Array) -> jax.Array:
         partner = players[::-1][np.argsort(players)][:m]
         partners.append(np.where(partner < m, partner, index))  # of an odd number, one rests
         players = np.append(players[:1], np.roll(players[1:], 1))
-    swaps, signs = np.eye(m, dtype=np.float32)[np.array(partners)], np.sign(np.array(partners) - index[None])
+    swaps, signs = np.eye(m, dtype=A.dtype)[np.array(partners)], np.sign(np.array(partners) - index[None])
 
     def rotate(state, now):
         (A, V), (swap, sign) = state, now
         diagonal, off = jnp.diagonal(A), (A * swap).sum(1)
-        tau = sign * (swap @ diagonal - diagonal) / jnp.where(off == 0, 1.0, 2 * off)
+        tau = sign * (matmul(swap, diagonal) - diagonal) / jnp.where(off == 0, 1.0, 2 * off)
         tangent = jnp.where(tau < 0, -1.0, 1.0) / (jnp.abs(tau) + jnp.sqrt(1 + tau**2))
         tangent = jnp.where((off == 0) | (sign == 0), 0.0, tangent)
         cos = jax.lax.rsqrt(1 + tangent**2)
-        J = jnp.diag(cos) + (sign * cos * tangent)[:, None] * swap * (1 - jnp.eye(m))
-        return (J.T @ A @ J, V @ J), None
+        J = jnp.diag(cos) + (sign * cos * tangent)[:, None] * swap * (1 - jnp.eye(m, dtype=A.dtype))
+        return (matmul(matmul(J.T, A), J), matmul(V, J)), None
 
-    rounds = np.tile(swaps, (7, 1, 1)), np.tile(np.float32(signs), (7, 1))
+    rounds = np.tile(swaps, (7, 1, 1)), np.tile(signs.astype(A.dtype), (7, 1))
     (A, V), _ = jax.lax.scan(rotate, (A, jnp.eye(m, dtype=A.dtype)), rounds)
     return V[:, jnp.argsort(jnp.diagonal(A))]
 

@@ -15,7 +15,7 @@ PLANTED_ERRORS = {
     "ends too early": (RICCATI, "jnp.abs(state[1]).max() > small", "jnp.abs(state[1]).max() > small**0.1"),
     "H downdated": (RICCATI, "H + change, jnp.abs", "H - change, jnp.abs"),
     "G not whitened": (RICCATI, "A @ (G - left.T @ left) @ A.T", "A @ G @ A.T"),
-    "A of one step": (RICCATI, "return A @ WA,", "return A @ A,"),
+    "A of one step": (RICCATI, "return k + 1, A @ WA,", "return k + 1, A @ A,"),
     "derivative without R": (RICCATI, "dQ + K.T @ dR @ K + moved", "dQ + moved"),
     "derivative without the gain": (RICCATI, "P @ (dA - dB @ K)", "P @ dA"),
     "derivative of one side": (RICCATI, "moved + moved.T", "moved"),
