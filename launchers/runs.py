@@ -113,6 +113,7 @@ def drawable(name, **kwargs):
     env = getattr(make_env(name, 1, **kwargs), "env", None)
     if not hasattr(env, "draw"):
         raise UserError(f'environment "{name}" cannot be drawn: it has no draw(state)')
+    env.draw(jax.device_get(jax.jit(env.reset)(jax.random.key(0))[0]))  # it may refuse: before an episode is played
     return env
 
 

@@ -17,6 +17,7 @@ from core.envs import (
     cartpole_balance,
     cartpole_swingup,
     damped_pendulum,
+    from_gymnax,
     hidden,
     multi_agent_tracking,
     planar_drone_wind,
@@ -24,7 +25,7 @@ from core.envs import (
 )
 from core.render import BLUE, GREEN, RED, WHITE, Circle, Line, Scene, film, scenes, write_gif, write_mp4
 
-RENDER, PURSUIT = "core/render.py", "core/envs/pursuit_evasion.py"
+RENDER, PURSUIT, GYMNAX = "core/render.py", "core/envs/pursuit_evasion.py", "core/envs/from_gymnax.py"
 PLANTED_ERRORS = {
     "upside down": (RENDER, "- (low[0], high[1])) * (scale, -scale)", "- (low[0], low[1])) * (scale, scale)"),
     "mirrored": (RENDER, "(low[0], high[1])) * (scale, -scale)", "(high[0], high[1])) * (-scale, -scale)"),
@@ -48,6 +49,9 @@ PLANTED_ERRORS = {
                                    "2 * self.half_length"),
     "a drone that leans away": ("core/envs/planar_drone_wind.py", "-np.sin(state.x[2])]", "np.sin(state.x[2])]"),
     "the plan of another agent": ("core/envs/unicycle_pursuit.py", "return x[4:6]", "return x[:2]"),
+    "an elbow that does not add up": (GYMNAX, "both = state.joint_angle1 + ", "both = "),
+    "a car beside the road": (GYMNAX, "hill(state.position) +", "hill(-state.position) +"),
+    "rooms transposed": (GYMNAX, "Circle((x, -y), 0.3, BLUE)", "Circle((y, -x), 0.3, BLUE)"),
     "hit drawn as a miss": (PURSUIT, "RED if hit else ORANGE", "ORANGE if hit else RED"),
 }
 
@@ -169,6 +173,33 @@ def test_the_pendulum_hangs():
     state, _ = env.reset(jax.random.key(0))
     frame = film([env.draw(jax.device_get(state._replace(x=jnp.float32([0.0, 0.0]))))])[0]
     assert at(frame, 0, -1, low=-1.3, high=1.3) == BLUE and at(frame, 0, -0.5, low=-1.3, high=1.3) == render.BLACK
+
+
+def test_classic_control_and_rooms_of_gymnax_are_drawn():
+    """Known states: an acrobot whose upper link points right and whose lower one points up; a car at the lowest point
+    of the valley and one at the flag; an agent and a goal in two rooms."""
+    gymnax = pytest.importorskip("gymnax")
+
+    def shapes(name, **state):
+        env = from_gymnax.Env(name)
+        start = jax.device_get(env.reset(jax.random.key(0))[0])
+        return env.draw(start.replace(**{k: np.asarray(v) for k, v in state.items()}))
+
+    scene = shapes("Acrobot-v1", joint_angle1=np.pi / 2, joint_angle2=np.pi / 2)
+    goal, arm = (s.points for s in scene.shapes if isinstance(s, Line))
+    np.testing.assert_allclose(arm, [(0, 0), (1, 0), (1, 1)], atol=1e-6)
+    assert {y for _, y in goal} == {1}  # where gymnax ends the episode: −cos θ_1 − cos(θ_1 + θ_2) > 1
+    for name, position, height in (("MountainCarContinuous-v0", -np.pi / 6, 0.1), ("MountainCar-v0", 0.5, 0.9988)):
+        scene = shapes(name, position=position)
+        car = next(s for s in scene.shapes if isinstance(s, Circle))
+        np.testing.assert_allclose(car.centre, (position, height + 0.05), atol=1e-3)
+        flag = next(s.points for s in scene.shapes if isinstance(s, Line) and s.colour == GREEN)
+        assert flag[0][0] == from_gymnax.Env(name).params.goal_position
+    scene = shapes("FourRooms-misc", pos=[1, 3], goal=[8, 9])
+    *walls, goal, agent = scene.shapes
+    assert goal.centre == (9, -8) and agent.centre == (3, -1) and agent.filled and not goal.filled
+    assert len(walls) == 13 * 13 - np.asarray(gymnax.make("FourRooms-misc")[0].env_map).sum()
+    assert (0, 0) in [w.centre for w in walls] and agent.centre not in [w.centre for w in walls]
 
 
 def test_tracking_is_drawn():

@@ -36,21 +36,45 @@ class Env:
         return state, TimeStep(obs, obs, reward, terminated, truncated & ~terminated, {})
 
     def draw(self, state):
-        """Scene of one state: cart-pole, pendulum, and the grids of MinAtar."""
-        from core.render import BLACK, BLUE, ORANGE, PALETTE, Circle, Line, Scene
+        """Scene of one state: classic control, the four rooms, and the grids of MinAtar."""
+        from core.render import BLACK, BLUE, GREEN, GREY, ORANGE, PALETTE, Circle, Line, Scene
 
-        if self.env.name == "CartPole-v1":
+        name = self.env.name
+        if name == "CartPole-v1":
             cart, tip = (state.x, 0.0), (state.x + np.sin(state.theta), np.cos(state.theta))
             ground = Line([(-2.4, 0), (2.4, 0)], BLACK)
             return Scene((-2.6, -0.4), (2.6, 1.4), [ground, Line([cart, tip], ORANGE, 6), Circle(cart, 0.15, BLUE)])
-        if self.env.name == "Pendulum-v1":
+        if name == "Pendulum-v1":
             tip = (np.sin(state.theta), np.cos(state.theta))
             return Scene((-1.3, -1.3), (1.3, 1.3), [Line([(0, 0), tip], ORANGE, 8), Circle((0, 0), 0.07, BLACK)])
-        if self.env.name.endswith("MinAtar"):
+        if name == "Acrobot-v1":  # both links of length 1, the second angle counts from the first; the line is the goal
+            elbow = np.array([np.sin(state.joint_angle1), -np.cos(state.joint_angle1)])
+            both = state.joint_angle1 + state.joint_angle2
+            tip = elbow + (np.sin(both), -np.cos(both))
+            return Scene((-2.2, -2.2), (2.2, 2.2), [
+                Line([(-2.2, 1), (2.2, 1)], GREEN, 1), Line([(0, 0), elbow, tip], ORANGE, 8),
+                Circle((0, 0), 0.08, BLACK), Circle(elbow, 0.08, BLACK), Circle(tip, 0.08, BLUE)])
+        if name in ("MountainCar-v0", "MountainCarContinuous-v0"):
+            def hill(x):
+                return np.stack([x, 0.45 * np.sin(3 * x) + 0.55], axis=-1)
+
+            road = np.linspace(self.params.min_position, self.params.max_position, 60)
+            flag = hill(self.params.goal_position)
+            return Scene((-1.3, -0.05), (0.7, 1.35), [
+                Line(hill(road), BLACK), Line([flag, flag + (0, 0.2)], GREEN, 3),
+                Circle(hill(state.position) + (0, 0.05), 0.05, BLUE)])
+        if name == "FourRooms-misc":  # states are (row, column)
+            open_cells = np.asarray(self.env.env_map)
+            rows, columns = open_cells.shape
+            walls = [Circle((x, -y), 0.45, GREY) for y, x in np.argwhere(open_cells == 0)]
+            (y, x), (goal_y, goal_x) = np.asarray(state.pos), np.asarray(state.goal)
+            return Scene((-0.6, 0.4 - rows), (columns - 0.4, 0.6), [
+                *walls, Circle((goal_x, -goal_y), 0.45, GREEN, filled=False), Circle((x, -y), 0.3, BLUE)])
+        if name.endswith("MinAtar"):
             grid = np.asarray(self.env.get_obs(state))
             cells = [Circle((x, -y), 0.45, PALETTE[c % len(PALETTE)]) for y, x, c in np.argwhere(grid)]
             return Scene((-0.6, -len(grid) + 0.4), (len(grid) - 0.4, 0.6), cells)
-        raise UserError(f'"gymnax/{self.env.name}" cannot be drawn')
+        raise UserError(f'environment "gymnax/{name}" cannot be drawn')
 
 
 class _Seaborn(types.ModuleType):
