@@ -41,7 +41,7 @@ def get_config():
         env="cartpole_swingup",
         env_kwargs=dict(reveal=False),  # the environment's own settings
         num_envs=count(1),  # each with its own truth, belief and plan
-        num_steps=count(1),  # of every environment in one train_step, always
+        num_steps=choice(1),  # of every environment in one train_step
         env_steps=count(200),  # one episode
         log_every=count(5),
         eval_every=count(200),

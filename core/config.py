@@ -47,7 +47,7 @@ def rising(value):
 
 def choice(default, *others):
     known = default, *others
-    return Checked(default, f"one of {', '.join(known)}", lambda x: x in known)
+    return Checked(default, f"one of {', '.join(map(str, known))}", lambda x: x in known)
 
 
 def check(config: Any, declared: ml_collections.ConfigDict) -> None:

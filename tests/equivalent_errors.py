@@ -4,4 +4,12 @@ An entry names the file, the function, the line as it is, the line as it would b
 test says that the entry is stale.
 """
 EQUIVALENT = {
+    ("core/dataset.py", "ReplayBuffer.sample_trajectories",
+     "going_on = ~done.astype(bool)[(oldest + age) % self.capacity]",
+     "going_on = ~done.astype(bool)[(oldest + age) % self.size]"):
+        "a buffer that is not full has its oldest entry at 0, and ages from its size on count nowhere",
+    ("algorithms/icem_online_gradient.py", "Agent.learn",
+     "covered=1.0 * (info.nis < ekf.nis_band(zero.size, 1, 0.9)[1])))  # below the 95% quantile: 0.95 if right",
+     "covered=1.0 * (info.nis <= ekf.nis_band(zero.size, 1, 0.9)[1])))  # below the 95% quantile: 0.95 if right"):
+        "a continuous number is never at its bound",
 }

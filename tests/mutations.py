@@ -188,7 +188,8 @@ class Finder(ast.NodeVisitor):
             return
         required = self.required.get(name, set())
         for keyword in node.keywords:
-            if keyword.arg and keyword.arg not in required and (len(node.keywords) + len(node.args) > 1 or required):
+            kept = required | {None, "strict"}  # `strict` changes nothing as long as lengths agree
+            if keyword.arg not in kept and (len(node.keywords) + len(node.args) > 1 or required):
                 self.add("keyword dropped", self.with_comma(node, keyword), "")
             if keyword.arg == "axis":
                 self.axis(keyword.value)

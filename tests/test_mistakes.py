@@ -6,6 +6,7 @@ run of PPO, $SCRATCH a folder of damaged files, $NEW a folder that must not come
 import importlib
 import json
 import pathlib
+import re
 import shlex
 import shutil
 import socket
@@ -97,6 +98,7 @@ train $EKF --config.env_kwargs.procces_noise=0.1                            | pr
 train $EKF --config.planner.num_sampels=3                                   | num_sampels
 train $EKF --config.planner=3                                               | planner
 train $POLE --config.env=gymnax/CartPole-v1                                 | "jump_by"
+train $POLE --config.num_steps=2                                            | num_steps
 train $POLE --config.pretrained=$SCRATCH/nothing.npz                        | nothing.npz
 train $POLE --config.pretrained=$SCRATCH/text.npz                           | text.npz
 train $POLE --config.pretrained=$SCRATCH/good.npz                           | good.npz
@@ -405,6 +407,17 @@ def test_every_number_of_a_method_has_a_range(name):
     check(declared, declared)
     numbers = {key for key, value in leaves(declared) if type(value) in (int, float)}
     assert not {key for key in numbers if not key.startswith(("env_kwargs.", "collect.env_kwargs.", "smoke."))}
+
+
+LAUNCHERS = {"algorithm", "env", "env_kwargs", "env_steps", "updates", "eval_every", "eval_episodes", "log_every",
+             "smoke", "dataset", "collect", "pretrain", "num_envs", "num_steps"}  # what they read of a config
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "algorithms").glob("[a-z]*.py")))
+def test_every_key_of_a_config_is_read_by_its_file(name):
+    text = (ROOT / "algorithms" / f"{name}.py").read_text()
+    read = set(re.findall(r"config\.(\w+)", text))
+    assert set(importlib.import_module(f"algorithms.{name}").get_config()) - LAUNCHERS <= read
 
 
 def test_a_config_is_compared_with_what_was_declared():
