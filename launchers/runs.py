@@ -45,6 +45,9 @@ def read_config(folder):
     path = pathlib.Path(folder) / "config.json"
     stored = files.read(path, algorithm=str, env=str, seed=int, num_seeds=int, eval_seed=int)
     num_seeds, seed, _ = (stored.pop(k) for k in ("num_seeds", "seed", "eval_seed"))
+    for name, kind in dict(dataset=str, eval_env=str, env_kwargs=dict, eval_env_kwargs=dict).items():
+        if not isinstance(stored.get(name, kind()), kind):
+            raise UserError(f"{path} is damaged: {name} is {stored[name]!r:.60}")
     if not 1 <= num_seeds < 2**31 or not 0 <= seed < 2**31:
         raise UserError(f"{path} is damaged: {num_seeds} seeds from {seed} on")
     try:
@@ -106,6 +109,43 @@ def play(algorithm, run, env, key, steps=None):
     length = int(done.argmax()) + 1 if done.any() else len(reward)
     states, carries = jax.tree.map(lambda x: x[:length + 1], (states, carries))
     return states, reward[:length], carries
+
+
+def watch(algorithm, run, name, kwargs, key, steps=None):
+    """(pictures [T, H, W, 3], reward [T - 1]) of one episode of a Gymnasium environment, by its own renderer. It shows
+    every state but the last, after which the environment has started afresh."""
+    env, start = host_renderer(name, kwargs)
+    act, observe = (f and jax.jit(f) for f in cli.policy(algorithm, run))
+    reset_key, key = jax.random.split(key)
+    (state, obs), carry = env.reset(reset_key), cli.start_carry(algorithm, run, 1)
+    pictures, rewards = [start.render()], []
+    for step_key in jax.random.split(key, min(steps or env.max_steps, env.max_steps)):
+        carry, action = act(carry, obs, step_key)
+        state, ts = env.step(step_key, state, action)
+        if ended(ts).any():
+            break
+        carry = observe(carry, Transition.of(obs, action, ts)) if observe else carry
+        obs = ts.obs
+        pictures.append(start.render())
+        rewards.append(ts.reward[0])
+    return np.stack(pictures), np.array(rewards)
+
+
+def host_renderer(name, kwargs):
+    """The Gymnasium environment `name` in one copy, and its simulator, if that can make pictures here."""
+    try:
+        env = make_env(name, 1, **{**kwargs, "render_mode": "rgb_array"})
+        simulator = env.simulators[0].envs[0]
+        simulator.reset(seed=0)
+        if np.ndim(simulator.render()) != 3:
+            raise ValueError("its renderer makes no pictures")
+    except UserError:
+        raise
+    except Exception as error:  # a missing pygame, OpenGL or display, each with an exception of its own
+        words = " ".join(str(error).split())[:150]
+        raise UserError(f'environment "{name}" cannot be drawn here: {words}; MuJoCo without a display needs '
+                        "MUJOCO_GL=egl or MUJOCO_GL=osmesa") from error
+    return env, simulator
 
 
 def drawable(name, **kwargs):

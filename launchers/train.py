@@ -292,8 +292,9 @@ def newest(job, folder, lead):
     if not checkpoint.steps(folder):
         return state
     stored, meta = checkpoint.restore_newest(folder, dict(run=state.run, totals=state.totals))
-    if wrong := [name for name in START if type(meta.get(name)) not in (int, float) or not meta[name] >= 0]:
-        raise UserError(f"{folder}: {wrong[0]} in {checkpoint.META} of step {meta['step']} is damaged")
+    wrong = [name for name in START if type(meta.get(name)) not in (int, float) or not meta[name] >= 0]
+    if wrong or meta["iteration"] != meta["step"]:
+        raise UserError(f"{folder}: {checkpoint.META} of step {meta['step']} is damaged: {(wrong or ['iteration'])[0]}")
     if lead:  # it may have been killed before it removed others
         checkpoint.prune(folder, meta["step"])
     return State(stored["run"], stored["totals"], meta)

@@ -70,7 +70,8 @@ PLANTED_ERRORS = {
     "any size": (FILES, "parse_int=whole_number", "parse_int=int", JSON),
     "true is a number": (FILES, " or isinstance(value[name], bool)", "", JSON),
     "any number of seeds": (RUNS, "if not 1 <= num_seeds < 2**31 or", "if", JSON),
-    "a module is imported": (HOST, '    if ":" in name:', "    if False:", "test_a_name_imports_nothing"),
+    "a module is imported": (HOST, """    if ":" in f"{name}{kwargs.get('env_id', '')}":""", "    if False:",
+                             "test_a_name_imports_nothing"),
     "any file is a method": (CLI, "    if name not in known:", "    if False:",
                              "test_only_files_of_algorithms_are_methods"),
     "a terminal obeys": (CLI, "c if c.isprintable() else", "c if True else", "test_a_message_is_one_plain_line"),
@@ -95,12 +96,13 @@ def numpy_job(algorithm, config, seeds, eval_seed, num_devices):
     zeros = np.zeros(2, np.int64)
     return launcher.Job(
         config, "env_steps", 10, Run(Clock(zeros, zeros), np.zeros((2, 50))),
-        lambda: ({"loss": np.zeros(2)}, np.full(2, -1)), train, lambda run: {"return": -run.x[:, 1]}, lambda run: {},
+        lambda: ({"loss": np.zeros(2)}, np.full(2, -1)), train, lambda run: {"return": -run.x[:, 1]},
+        lambda run: {f"measure{i}": run.x[:, i] for i in range(12)},
         ["return"], ["return"], lambda tree: tree)
 
 
 def go(folder):
-    config = ml_collections.ConfigDict(dict(algorithm="x", env="y", env_steps=40, eval_every=20, log_every=20))
+    config = ml_collections.ConfigDict(dict(algorithm="x", env="y", env_steps=50, eval_every=25, log_every=25))
     launcher.train(config, seed=3, num_seeds=2, workdir=str(folder), resume=(folder / "config.json").exists(),
                    save_every=0.0, chunk=1)
 
@@ -183,7 +185,7 @@ def strike(root):
             if status == 0:
                 break
             check(kind, operation, status, "No space left on device")
-    for size, die in itertools.product((1, 40, 100, 170, 700, 2900), (True, False)):
+    for size, die in itertools.product((1, 160, 260, 390, 700, 2900), (True, False)):
         clear()
         status = kill.wait(kill.start(lambda: no_file_beyond(size, die)(folder), folder, log))  # noqa: B023
         check("torn", (size, die), status, "File too large")
@@ -376,7 +378,7 @@ def test_damaged_json_is_named(run_folder, name, reader):
         dict(num_seeds="two"), dict(num_seeds=0), dict(num_seeds=True), dict(num_seeds=2**40), dict(seed=-1),
         dict(seed=None), dict(algorithm=3), dict(algorithm="../core/ekf"), dict(algorithm="__init__"),
         dict(algorithm=["ppo"]), dict(env=3), dict(num_envs="many"), dict(num_envs=0), dict(hidden_dims=3),
-        dict(lr={}), {"a.b": 1}]
+        dict(lr={}), {"a.b": 1}, dict(dataset=3), dict(eval_env=3), dict(eval_env_kwargs=3)]
     for change in changes:
         (run_folder / name).write_text(json.dumps(before | change))
         assert_names(READERS[name][reader], run_folder, name)
@@ -406,7 +408,8 @@ def test_damaged_metrics_are_named(tmp_path, text):
     assert_names(logs.read_metrics, tmp_path, "metrics.csv")
     path.write_text("env_steps,seed,x\n1,0,2\n1,1,2\n2,0,")
     logs.Logger(tmp_path, {}, {}, [0, 1], rows=2)  # a torn row that the checkpoint does not count
-    assert path.read_text() == "env_steps,seed,x\n1,0,2\n1,1,2\n"
+    short = "it has 2 rows, and its checkpoint"
+    assert_names(lambda folder: logs.Logger(folder, {}, {}, [0, 1], rows=4), tmp_path, short)
     if text is not None:
         path.write_bytes(text)
         assert_names(lambda folder: logs.Logger(folder, {}, {}, [0, 1], rows=4), tmp_path, "metrics.csv")
@@ -434,7 +437,16 @@ def test_a_name_imports_nothing(tmp_path, monkeypatch):
     for name in ("gymnasium/evil_package:Name-v0", "gymnasium/evil_package:CartPole-v1"):
         with pytest.raises(UserError, match="would import a module"):
             make_env(name, 1)
+    with pytest.raises(UserError, match="would import a module"):
+        make_env("gymnasium/GymV26Environment-v0", 1, env_id="evil_package:Name-v0")
     assert "evil_package" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["num_envs", "name", "self"])
+def test_no_setting_reaches_another_argument(name):
+    for env in ("gymnax/CartPole-v1", "cartpole_balance", "gymnasium/CartPole-v1"):
+        with pytest.raises(UserError):
+            make_env(env, 1, **{name: 3})
 
 
 @pytest.mark.parametrize("name", ["../core/ekf", "__init__", "core.ekf", "", "ppo.py", "/etc/passwd", "рро"])

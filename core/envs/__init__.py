@@ -14,7 +14,7 @@ __all__ = ["Batch", "Box", "Discrete", "TimeStep", "Transition", "ended", "make_
 HERE = pathlib.Path(__file__).parent
 
 
-def make_env(name: str, num_envs: int, **kwargs):
+def make_env(name: str, num_envs: int, /, **kwargs):
     """`num_envs` copies of the environment `name`; `kwargs` are its own settings."""
     source, rest = name.split("/", 1) if "/" in name else ("", name)
     if source == "gymnasium":  # simulated on the host, already a batch

@@ -59,7 +59,7 @@ class HostState(NamedTuple):
 class HostBatch:
     on_host, num_agents = True, None
 
-    def __init__(self, name: str, num_envs: int, **kwargs):
+    def __init__(self, name: str, num_envs: int, /, **kwargs):
         self.num_envs, self.make = num_envs, functools.partial(_make, name, kwargs)
         self.simulators = [Simulators(self.make, num_envs)]  # of each seed
         simulator = self.simulators[0].envs[0]
@@ -172,7 +172,8 @@ def no_cost(x):
 
 
 def _make(name, kwargs):
-    if ":" in name:  # the config may be somebody else's, and looking at a run must not execute what it names
+    # The config may be somebody else's, and looking at a run must not execute what it names.
+    if ":" in f"{name}{kwargs.get('env_id', '')}":
         raise UserError(f'"gymnasium/{name}" would import a module: import it in the config file or in the algorithm, '
                         "which registers the environment, and name the environment alone")
     try:
@@ -188,6 +189,8 @@ def _make(name, kwargs):
     except gymnasium.error.DependencyNotInstalled as error:
         extra = 'the extra `mujoco`: pip install -e ".[mujoco]"' if "mujoco" in str(error).lower() else f"more: {error}"
         raise UserError(f'"gymnasium/{name}" needs {extra}') from error
+    except ImportError as error:
+        raise UserError(f'"gymnasium/{name}" needs more: {" ".join(str(error).split())}') from error
     except (TypeError, ValueError, AssertionError, gymnasium.error.Error) as error:
         raise UserError(f'"gymnasium/{name}" with {kwargs}: {" ".join(str(error).split())}') from error
 

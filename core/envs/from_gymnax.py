@@ -12,7 +12,7 @@ from core.errors import UserError
 
 
 class Env:
-    def __init__(self, name: str, **params):
+    def __init__(self, name: str, /, **params):
         gymnax = _gymnax(name)
         if name not in gymnax.registered_envs:
             close = difflib.get_close_matches(name, gymnax.registered_envs, n=1)

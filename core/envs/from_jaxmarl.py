@@ -30,7 +30,7 @@ class State(NamedTuple):
 
 
 class Env:
-    def __init__(self, name: str, **kwargs):
+    def __init__(self, name: str, /, **kwargs):
         jaxmarl = _jaxmarl(f'environment "jaxmarl/{name}"')
         if name not in jaxmarl.registered_envs:
             close = difflib.get_close_matches(name, jaxmarl.registered_envs, n=1)
