@@ -112,8 +112,8 @@ def play(algorithm, run, env, key, steps=None):
 
 
 def watch(algorithm, run, name, kwargs, key, steps=None):
-    """(pictures [T, H, W, 3], reward [T - 1]) of one episode of a Gymnasium environment, by its own renderer. It shows
-    every state but the last, after which the environment has started afresh."""
+    """(pictures [T, H, W, 3], reward [T or T - 1]) of one episode of a Gymnasium environment, by its own renderer.
+    There is no picture of the state at its end: by then the environment has started afresh."""
     env, start = host_renderer(name, kwargs)
     act, observe = (f and jax.jit(f) for f in cli.policy(algorithm, run))
     reset_key, key = jax.random.split(key)
@@ -122,12 +122,12 @@ def watch(algorithm, run, name, kwargs, key, steps=None):
     for step_key in jax.random.split(key, min(steps or env.max_steps, env.max_steps)):
         carry, action = act(carry, obs, step_key)
         state, ts = env.step(step_key, state, action)
+        rewards.append(ts.reward[0])
         if ended(ts).any():
             break
         carry = observe(carry, Transition.of(obs, action, ts)) if observe else carry
         obs = ts.obs
         pictures.append(start.render())
-        rewards.append(ts.reward[0])
     return np.stack(pictures), np.array(rewards)
 
 
@@ -143,8 +143,8 @@ def host_renderer(name, kwargs):
         raise
     except Exception as error:  # a missing pygame, OpenGL or display, each with an exception of its own
         words = " ".join(str(error).split())[:150]
-        raise UserError(f'environment "{name}" cannot be drawn here: {words}; MuJoCo without a display needs '
-                        "MUJOCO_GL=egl or MUJOCO_GL=osmesa") from error
+        hint = "; without a display, set MUJOCO_GL=egl or MUJOCO_GL=osmesa" if "gl" in words.lower() else ""
+        raise UserError(f'environment "{name}" cannot be drawn here: {words}{hint}') from error
     return env, simulator
 
 

@@ -15,13 +15,14 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from core import ekf, files, render
 from core.envs import make_env
 from core.errors import UserError
 from core.logging import read_metrics
 from launchers import cli
-from launchers.runs import drawable, figure, load, play, regret
+from launchers.runs import drawable, figure, host_renderer, load, play, regret, watch
 
 WRITERS = {".gif": render.write_gif, ".mp4": render.write_mp4}
 
@@ -71,13 +72,17 @@ def film(folder, out, seed_index, episodes, steps, settings, eval_seed, best, fp
         raise UserError(f"--seed_index={seed_index}, but {folder} has {num_seeds} seeds, from 0")
     name, kwargs = cli.eval_settings(config)
     kwargs = {**kwargs, **dict(setting(text) for text in settings)}
+    on_host = name.startswith("gymnasium/")
     try:
-        env = drawable(name, **kwargs)
+        env = host_renderer(name, kwargs)[0] if on_host else drawable(name, **kwargs)
     except TypeError as error:
         raise UserError(f"--set={','.join(settings)}: {error}") from error
     run = jax.tree.map(lambda x: x[seed_index], run)
     run = cli.rebind(algorithm, run, make_env(name, config.get("num_envs", 1), **kwargs), config)
     keys = jax.random.split(jax.random.fold_in(jax.random.key(eval_seed), meta["seed"] + seed_index), episodes)
+    if on_host:
+        return save(out, *zip(*(host_film(*watch(algorithm, run, name, kwargs, key, steps), height) for key in keys),
+                              strict=True), fps)
     played = [play(algorithm, run, env, key, steps) for key in keys]
 
     arenas = [render.scenes(env, states) for states, _, _ in played]
@@ -91,11 +96,25 @@ def film(folder, out, seed_index, episodes, steps, settings, eval_seed, best, fp
         panels = one_camera([panel(belief["phi"]) for belief in beliefs])
         frames = [np.concatenate([left, render.film(right, height=height)], axis=2)
                   for left, right in zip(frames, panels, strict=True)]
-    frames, returns = np.concatenate(frames), [np.asarray(reward).sum(0) for _, reward, _ in played]
+    return save(out, frames, [np.asarray(reward).sum(0) for _, reward, _ in played], fps)
+
+
+def save(out, frames, returns, fps):
+    """Write the frames of all episodes as one film; their returns."""
+    frames = np.concatenate(frames)
     WRITERS[pathlib.Path(out).suffix](out, frames, fps)
     print(f"{out}: {len(frames)} frames, {pathlib.Path(out).stat().st_size / 1e3:.0f} kB; "
           f"returns {', '.join(str(np.round(x, 2)) for x in returns)}")
-    return returns
+    return list(returns)
+
+
+def host_film(pictures, reward, height):
+    """Pictures [T, H, W, 3] scaled to `height`, the returns so far beside them; and the return."""
+    size = render.even(height * pictures.shape[2] / pictures.shape[1]), height
+    left = np.stack([np.asarray(Image.fromarray(picture).resize(size)) for picture in pictures])
+    square = render.Scene((0, 0), (1, 1), [])
+    right = render.film([square] * len(pictures), reward[:len(pictures) - 1], height)[:, :, render.even(height):]
+    return np.concatenate([left, right], axis=2), reward.sum()
 
 
 def one_camera(films):

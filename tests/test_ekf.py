@@ -51,7 +51,7 @@ PLANTED_ERRORS = {
         "test_observed_variances_in_float32_are_those_of_float64"),
     "the mean in float32 alone": (
         "core/ekf.py", "- high[name]).astype(dtype) for", "- high[name]).astype(dtype) * (name != 'mean') for",
-        "test_observed_variances_in_float32_are_those_of_float64"),
+        "test_small_changes_of_a_large_mean_add_up"),
     "computed in float32": (
         "core/ekf.py", "with jax.enable_x64(True):", "with jax.enable_x64(False):",
         "test_observed_variances_in_float32_are_those_of_float64"),
@@ -301,6 +301,14 @@ def test_observed_variances_in_float32_are_those_of_float64(T):
     assert np.abs(mean - m).max() < 0.5 * np.sqrt(P.diagonal().min())
     low, high = ekf.nis_band(2, T, 0.999)
     assert low < nis.mean() < high
+
+
+def test_small_changes_of_a_large_mean_add_up():
+    """Each of a hundred changes of 10⁻⁴ is a tenth of the last place of 10⁴ in float32."""
+    belief = ekf.Full.create(jnp.full(1, 1e4), 1e-4)
+    for _ in range(100):
+        belief, _ = condition(belief, jnp.ones((1, 1)), 10_001 - belief.mean, jnp.ones(1))
+    np.testing.assert_allclose(whole(belief, "mean") - 1e4, 1 - 1 / (1 + 100 * 1e-4), rtol=0.02)
 
 
 def test_what_is_observed_too_well_stays_at_the_floor():

@@ -23,9 +23,12 @@ from core.envs import (
     planar_drone_wind,
     pursuit_evasion,
 )
+from core.envs.interface import TimeStep
+from core.errors import UserError
 from core.render import BLUE, GREEN, RED, WHITE, Circle, Line, Scene, film, scenes, write_gif, write_mp4
 
 RENDER, PURSUIT, GYMNAX = "core/render.py", "core/envs/pursuit_evasion.py", "core/envs/from_gymnax.py"
+WATCHED = "test_a_host_environment_is_filmed_by_its_own_renderer"
 PLANTED_ERRORS = {
     "upside down": (RENDER, "- (low[0], high[1])) * (scale, -scale)", "- (low[0], low[1])) * (scale, scale)"),
     "mirrored": (RENDER, "(low[0], high[1])) * (scale, -scale)", "(high[0], high[1])) * (-scale, -scale)"),
@@ -52,6 +55,8 @@ PLANTED_ERRORS = {
     "an elbow that does not add up": (GYMNAX, "both = state.joint_angle1 + ", "both = "),
     "a car beside the road": (GYMNAX, "hill(state.position) +", "hill(-state.position) +"),
     "rooms transposed": (GYMNAX, "Circle((x, -y), 0.3, BLUE)", "Circle((y, -x), 0.3, BLUE)"),
+    "an episode without its last reward": ("launchers/runs.py", "        rewards.append(ts.reward[0])\n", "", WATCHED),
+    "the first picture missing": ("launchers/runs.py", "[start.render()], []", "[], []", WATCHED),
     "hit drawn as a miss": (PURSUIT, "RED if hit else ORANGE", "ORANGE if hit else RED"),
 }
 
@@ -294,3 +299,44 @@ def test_mp4(tmp_path):
     decoded = np.frombuffer(output.stdout, np.uint8).reshape(12, 384, 640, 3)
     assert np.abs(decoded[-1].astype(int) - frames[-1]).mean() < 6
     assert os.listdir(tmp_path) == ["a.mp4"]
+
+
+def test_a_host_environment_is_filmed_by_its_own_renderer(monkeypatch):
+    """An episode of 3 steps has 3 pictures, of the states before its end; one that makes no pictures is refused."""
+    pytest.importorskip("gymnasium")
+    from launchers import runs, visualize
+
+    class Simulator:
+        state = 0
+
+        def render(self):
+            return np.full((40, 60, 3), 50 * self.state, np.uint8)
+
+        def reset(self, seed):
+            self.state = 0
+
+    class Host:
+        max_steps, simulators = 5, [type("Of", (), dict(envs=[Simulator()]))()]
+
+        def reset(self, key):
+            return 0, np.zeros((1, 1))
+
+        def step(self, key, state, action):
+            self.simulators[0].envs[0].state = (state + 1) % 3
+            end = np.array([state == 2])
+            obs = np.full((1, 1), state + 1.0)
+            return state + 1, TimeStep(obs, obs, np.array([1.0 + state]), end, ~end & False, {})
+
+    class Algorithm:
+        @staticmethod
+        def act(run, carry, obs, key):
+            return carry, obs
+
+    monkeypatch.setattr(runs, "make_env", lambda name, num_envs, **kwargs: Host())
+    pictures, reward = runs.watch(Algorithm, None, "gymnasium/x", {}, jax.random.key(0))
+    assert pictures[:, 0, 0, 0].tolist() == [0, 50, 100] and reward.tolist() == [1.0, 2.0, 3.0]
+    frames, total = visualize.host_film(pictures, reward, 100)
+    assert frames.shape == (3, 100, 150 + 256, 3) and total == 6.0 and frames[2, 50, 70].tolist() == [100] * 3
+    monkeypatch.setattr(Simulator, "render", lambda self: None)
+    with pytest.raises(UserError, match='"gymnasium/x" cannot be drawn here: its renderer makes no pictures'):
+        runs.host_renderer("gymnasium/x", {})
