@@ -61,6 +61,8 @@ def check(config: Any, declared: ml_collections.ConfigDict) -> None:
     for name, value in leaves(config.to_dict()):
         if numbers := [x for x in entries(value) if isinstance(x, float) and not np.isfinite(x)]:
             raise UserError(f"{name} = {numbers[0]}: not a finite number")
+        if numbers := [x for x in entries(value) if type(x) is int and abs(x) >= 2**31]:
+            raise UserError(f"{name} = {numbers[0]}: JAX counts to 2^31")
         rule = rules.get(name.removeprefix("smoke."))
         if rule is None:
             continue

@@ -378,7 +378,7 @@ def test_damaged_json_is_named(run_folder, name, reader):
         dict(num_seeds="two"), dict(num_seeds=0), dict(num_seeds=True), dict(num_seeds=2**40), dict(seed=-1),
         dict(seed=None), dict(algorithm=3), dict(algorithm="../core/ekf"), dict(algorithm="__init__"),
         dict(algorithm=["ppo"]), dict(env=3), dict(num_envs="many"), dict(num_envs=0), dict(hidden_dims=3),
-        dict(lr={}), {"a.b": 1}, dict(dataset=3), dict(eval_env=3), dict(eval_env_kwargs=3)]
+        dict(lr={}), dict(init_std=10**18), {"a.b": 1}, dict(dataset=3), dict(eval_env=3), dict(eval_env_kwargs=3)]
     for change in changes:
         (run_folder / name).write_text(json.dumps(before | change))
         assert_names(READERS[name][reader], run_folder, name)
