@@ -45,8 +45,8 @@ PLANTED_ERRORS = {
     "nothing in the arena": (VISUALIZE, "range(4, len(mean), 5)", "range(0)", FILM),
     "a camera for each episode": (VISUALIZE, "arenas = one_camera(arenas)", "pass", FILM),
     "played before it is refused": (
-        VISUALIZE, "        env = drawable(name, **kwargs)",
-        "        play(algorithm, run, make_env(name, 1, **kwargs).env, None); env = drawable(name, **kwargs)",
+        VISUALIZE, "        env = host_renderer(name, kwargs)",
+        "        play(algorithm, run, make_env(name, 1, **kwargs).env, None); env = host_renderer(name, kwargs)",
         "test_what_cannot_be_drawn_is_not_played"),
     "film of another plan": (VISUALIZE, "state.x, carry.plan.mean)", "state.x, 0 * carry.plan.mean)", IMAGINED),
     "film of variances alone": (VISUALIZE, "cov[pair[:, None], pair[None]]", "jnp.diag(cov[pair, pair])", IMAGINED),
