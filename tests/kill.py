@@ -64,9 +64,6 @@ def start(go, folder, log, operation=0, meets=dies):
     """A fork that runs `go`. Before the given one of its file operations in `folder` it `meets` its end."""
     if child := os.fork():
         return child
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
     count = itertools.count(1)
 
     def before(name):
@@ -81,10 +78,13 @@ def start(go, folder, log, operation=0, meets=dies):
         before(os.readlink(f"/proc/self/fd/{descriptor}"))
         original(descriptor)
 
-    if operation:
-        sys.addaudithook(hook)
-        os.fsync = fsync
     try:
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        if operation:
+            sys.addaudithook(hook)
+            os.fsync = fsync
         go()
         status = 0
     except (UserError, OSError) as error:  # as `cli.run` does
