@@ -259,6 +259,35 @@ finetune $POLE                                                              | mo
 finetune --config=configs/icem_online_linear.py --workdir=$SCRATCH/staged   | model.npz
 """
 
+CONFIG, CLI, DATASET = "core/config.py", "launchers/cli.py", "core/dataset.py"
+RANGES, ROW = "test_a_config_is_compared_with_what_was_declared", "test_a_mistake_is_one_line_and_leaves_nothing"
+PLANTED_ERRORS = {
+    "a range is not looked at": (CONFIG, "not rule.holds(value)", "False", RANGES),
+    "one entry is enough": (CONFIG, "all(map(holds, entries(value)))", "any(map(holds, entries(value)))", RANGES),
+    "0 is positive": (CONFIG, "lambda x: x > 0", "lambda x: x >= 0", ROW),
+    "2 is a fraction": (CONFIG, "0 <= x <= 1", "0 <= x", RANGES),
+    "infinity is a number": (CONFIG, "if numbers := [x for x in entries(value) if isinstance(x, float) and not",
+                             "if numbers := [x for x in entries(value) if isinstance(x, float) and 0 *",
+                             ROW),
+    "a key may be missing": (CONFIG, "if name not in config]", "if False]", ROW),
+    "smoke's keys are free": (CONFIG, 'name.removeprefix("smoke.")', "name", ROW),
+    "any setting will do": (CONFIG, "if name not in defaults:", "if False:", ROW),
+    "a setting of 0": (CONFIG, "value <= 0 < default", "value < 0 < default", ROW),
+    "a config is not checked": (CLI, "    check(config, algorithm.get_config())\n", "",
+                                ROW),
+    "a traceback is lost": (CLI, "    traceback.print_exception(error)\n", "",
+                            "test_an_error_of_the_users_own_keeps_its_traceback_and_names_the_file"),
+    "the outermost file is blamed": (CLI, "return own[-1] if own else None", "return own[0] if own else None",
+                                     "test_an_error_of_a_launcher_names_the_innermost_file"),
+    "false is true": (CLI, '"false": False', '"false": True', "test_settings_of_environments_by_flags"),
+    "numbers that are not finite are data": (DATASET, "if not np.isfinite(value).all():", "if False:",
+        ROW),
+    "complex numbers are data": (DATASET, 'not in "biuf"', 'not in "biufc"',
+        ROW),
+    "nobody waits for the others": ("launchers/train.py", "while len(waiting) < num_processes - 1:", "while False:",
+                                    "test_processes_that_do_not_meet_say_so"),
+}
+
 
 def rows():
     for config, keys in NUMBERS.items():
@@ -461,6 +490,32 @@ def test_an_error_of_the_users_own_keeps_its_traceback_and_names_the_file(text, 
     assert run_program("train", [f"--config={tmp_path / 'mine.py'}"]) == 1
     said = capfd.readouterr().err.strip().splitlines()
     assert "Traceback" in "".join(said) and "Error in" in said[-1] and "mine.py, line" in said[-1]
+
+
+def test_an_error_of_a_launcher_names_the_innermost_file(capfd):
+    def outer():
+        len(3)  # line 1 of what is blamed
+
+    def launch(*, smoke: bool = False):
+        """Fails.
+
+        Args:
+            smoke: Nothing.
+        """
+        outer()
+
+    before, argv = set(flags.FLAGS), sys.argv
+    sys.argv = ["launch"]
+    try:
+        with pytest.raises(SystemExit):
+            cli.run(launch)
+    finally:
+        sys.argv = argv
+        for name in set(flags.FLAGS) - before:
+            delattr(flags.FLAGS, name)
+        flags.FLAGS.unparse_flags()
+    line = outer.__code__.co_firstlineno + 1
+    assert f"TypeError in {__file__}, line {line}: " in capfd.readouterr().err.splitlines()[-1]
 
 
 def test_a_config_is_found_from_any_folder(tmp_path, monkeypatch):
