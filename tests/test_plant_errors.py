@@ -27,7 +27,7 @@ PLANTED_ERRORS = {
     "equivalent errors count": (FILE, 'if verdict != "equivalent"]', "]",
                                 "test_score_leaves_out_what_is_equivalent"),
     "equivalent errors are planted": (FILE, "if error.name in EQUIVALENT:", "if False:", SHOWN),
-    "a random error is not missed": (FILE, '                verdict = "caught"\n', "                pass\n", SHOWN),
+    "a random error is not missed": (FILE, 'verdict, words = "caught", said', "pass", SHOWN),
     "slow tests first": (FILE, "key=lambda test: (record[test][0], test)", "key=lambda test: (-record[test][0], test)",
                          ORDER),
     "tests that never call the function": (FILE, "if place in calls}", "}", ORDER),
