@@ -141,13 +141,15 @@ HIDDEN = dict(  # environments with a hidden truth, and the agent that it moves
 @pytest.mark.parametrize("name", HIDDEN)
 def test_what_hidden_params_move_is_drawn_where_it_is(name):
     env = importlib.import_module(f"core.envs.{name}").Env()
-    state, _ = jax.jit(env.reset)(jax.random.key(1))
-    state = state._replace(x=state.x + 0.1 * jnp.arange(state.x.size))
-    scene = env.draw(jax.device_get(state))
-    agents = {shape.label: shape.centre for shape in scene.shapes if isinstance(shape, Circle) and shape.label}
-    np.testing.assert_allclose(agents[HIDDEN[name]], env.place(state.x), rtol=1e-5, atol=1e-6)
-    assert all((scene.low < np.asarray(centre)).all() and (centre < np.asarray(scene.high)).all()
-               for centre in agents.values())
+    start, _ = jax.jit(env.reset)(jax.random.key(1))
+    ends = name == "cartpole_balance"  # at the edge of the picture
+    for far in ((0, 0), (30, 20), (-30, -20))[:1 if ends else 3]:
+        state = start._replace(x=(start.x + 0.1 * jnp.arange(start.x.size)).at[:2].add(jnp.float32(far)))
+        scene = env.draw(jax.device_get(state))
+        agents = {shape.label: shape.centre for shape in scene.shapes if isinstance(shape, Circle) and shape.label}
+        np.testing.assert_allclose(agents[HIDDEN[name]], env.place(state.x), rtol=1e-5, atol=1e-6)
+        assert all((scene.low < np.asarray(centre)).all() and (centre < np.asarray(scene.high)).all()
+                   for centre in agents.values())
 
 
 def test_poles_and_drones_stand_as_they_should():
