@@ -246,6 +246,7 @@ def program(name, *args, wait=True, env=()):
     return process
 
 
+@pytest.mark.slow  # in this process they are in tests/test_survival.py
 def test_killed_at_any_moment_and_resumed_it_is_the_same_run(tmp_path):
     """SIGKILL four times: while it starts, while it trains, while it writes."""
     config = (*ARGS, "--config.env_steps=25600", "--num_seeds=2", "--chunk=1", "--save_every=0")
@@ -302,6 +303,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
+@pytest.mark.slow  # in this process they are in tests/test_survival.py
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
     command = shlex.join([sys.executable, "-m", "launchers.train", *ARGS, f"--workdir={tmp_path}"])
     limited = f"ulimit -f 8; trap '' XFSZ; exec {command}"  # no file may grow beyond 8 KiB
