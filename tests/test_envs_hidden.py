@@ -1,4 +1,5 @@
 """Environments of hidden truth: their physics against NumPy in other words, their options against statistics."""
+import dataclasses
 import functools
 import importlib
 
@@ -675,3 +676,25 @@ def test_the_cartpole_is_that_of_mujoco():
     got = simulate(env, jnp.float32(x), jnp.asarray(actions))
     np.testing.assert_allclose(got[:20], expected[:20], atol=1e-4)
     np.testing.assert_allclose(got, expected, atol=5e-3)
+
+
+NUMBERS = dict(  # of the environments as their sources have them, in the order of the settings
+    cartpole_balance=(1.0, 0.1, 0.5, 10.0, 0.02, 200),
+    cartpole_swingup=(10.471976, 5.018585, 0.3, 100.0, 1.0, 1.0, 0.6, 0.02, 2, 200),
+    damped_pendulum=(0.5, 1.0, 9.81, 5.0, 0.05, 400),
+    linear_tracking=(((1.0, 0.0, 0.1, 0.02), (0.0, 1.0, -0.015, 0.1), (0.0, 0.0, 0.92, 0.05), (0.0, 0.0, -0.04, 0.88)),
+                     ((0.005, 0.001), (-0.0008, 0.005), (0.1, 0.02), (-0.015, 0.1)), (0.0, 5.0, 0.0, 0.0), 0.0, 2.0,
+                     1.0, 90),
+    merging_idm=(2.0, 3.0, 3.0, 1.75, 10.0, 2.0, 2.0, 5.0, 0.0, 5e6, 1e4, 0.1, 300),
+    planar_drone_wind=(10.0, 0.0, 0.2, 1.0, 0.1, 0.25, 9.81, 20.0, (0.0, 10.0, 0.0, 0.0, 0.0, 0.0),
+                       (1.0, 1.0, 1.0, 0.5, 0.5, 1.0), 1000.0, 0.02, 300),
+    pursuit_evasion_lqr=((10.0, 10.0, 1.0, 1.0), (0.1, 0.1), 2.0, 10.0, 10.0, False, 0.1, 250),
+    unicycle_pursuit=(2.0, 2.0, 10.0, 12, 0.1, 100))
+OFF = dict(spread=1.0, jump_step=0, jump_by=(), drift=0.0, process_noise=0.0, observation_noise=0.0, reveal=False)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_settings_are_those_of_the_source(name):
+    settings = dataclasses.asdict(importlib.import_module(f"core.envs.{name}").Env())
+    assert settings.items() >= OFF.items()
+    assert tuple(value for key, value in settings.items() if key not in OFF) == NUMBERS[name]

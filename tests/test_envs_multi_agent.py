@@ -1,4 +1,6 @@
 """The multi-agent environments against hand-computed states and against loops in numpy."""
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -272,3 +274,10 @@ def test_batch(name):
         assert ts.obs.shape == obs.shape == (5, 3, obs.shape[-1]) and ts.reward.shape == (5, 3)
         assert done.shape == (5,) and (env_state.env.t[done] == 0).all()
     assert ended.all()
+
+
+def test_settings_are_those_of_the_docstrings():
+    for module, numbers in ((blocker_goal_seeker, (2, 1.0, 3.0, 4.0, 1.0, 1.3, 0.1, 0.125, 0.01, 10.0, 0.1, 25)),
+                            (multi_agent_tracking, (6, 1.0, 2.0, 0.1, 25, 0, False)),
+                            (pursuit_evasion, (3, 1.0, 3.0, 4.0, 1.0, 1.3, 0.075, 0.05, 0.1, 25))):
+        assert dataclasses.astuple(module.Env()) == numbers
