@@ -20,8 +20,7 @@ from absl import flags
 from algorithms import icem_online, ppo
 from core.config import Checked, check, leaves
 from core.errors import UserError
-from launchers import cli
-from launchers import train as launcher
+from launchers import cli, processes
 from launchers.train import train
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -280,7 +279,7 @@ PLANTED_ERRORS = {
     "false is true": (CLI, '"false": False', '"false": True', "test_settings_of_environments_by_flags"),
     "numbers that are not finite are data": (DATASET, "if not np.isfinite(value).all():", "if False:", ROW),
     "complex numbers are data": (DATASET, 'not in "biuf"', 'not in "biufc"', ROW),
-    "nobody waits for the others": ("launchers/train.py", "while len(waiting) < num_processes - 1:", "while False:",
+    "nobody waits for the others": ("launchers/processes.py", "while len(waiting) < num_processes - 1:", "while False:",
                                     "test_processes_that_do_not_meet_say_so"),
 }
 
@@ -527,7 +526,7 @@ def test_processes_that_do_not_meet_say_so():
     """Of two, the first waits for the second, the second for the first; together they meet."""
     for process_id in (0, 1):
         with pytest.raises(UserError, match="did not meet"):
-            launcher.meet(f"127.0.0.1:{free_port()}", 2, process_id, patience=0.3)
+            processes.meet(f"127.0.0.1:{free_port()}", 2, process_id, patience=0.3)
 
 
 def free_port():
