@@ -698,3 +698,12 @@ def test_settings_are_those_of_the_source(name):
     settings = dataclasses.asdict(importlib.import_module(f"core.envs.{name}").Env())
     assert settings.items() >= OFF.items()
     assert tuple(value for key, value in settings.items() if key not in OFF) == NUMBERS[name]
+
+
+@pytest.mark.parametrize("name", ["cartpole_swingup", "planar_drone_wind"])
+def test_features_are_those_of_each_state_of_a_batch(name):
+    env = importlib.import_module(f"core.envs.{name}").Env()
+    size = jax.eval_shape(env.start, jax.random.key(0)).size
+    states = jnp.float32(np.random.default_rng(0).normal(size=(2, 3, size)))
+    each = [[env.features(x) for x in row] for row in states]
+    np.testing.assert_allclose(env.features(states), np.array(each), rtol=1e-6)
