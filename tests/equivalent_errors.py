@@ -4,6 +4,10 @@ An entry names the file, the function, the line as it is, the line as it would b
 test says that the entry is stale.
 """
 EQUIVALENT = {
+    ("core/dataset.py", "ReplayBuffer.add",
+     "data = jax.tree.map(lambda old, new: old.at[index].set(new[n - kept:], unique_indices=True), self.data, batch)",
+     "data = jax.tree.map(lambda old, new: old.at[index].set(new[n - kept:]), self.data, batch)"):
+        "it lets XLA write without looking for indices that occur twice",
     ("core/dataset.py", "ReplayBuffer.sample_trajectories",
      "going_on = ~done.astype(bool)[(oldest + age) % self.capacity]",
      "going_on = ~done.astype(bool)[(oldest + age) % self.size]"):

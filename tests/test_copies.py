@@ -48,7 +48,12 @@ PLANTED_ERRORS = {
         "test_every_key_of_a_launched_training_serves_once"),
     "ekf_lqr: environments plan alike": ("algorithms/ekf_lqr.py", SPLIT, SHARED, f"{OWN_KEYS}[ekf_lqr]"),
     "pets: environments plan alike": ("algorithms/pets.py", SPLIT, SHARED, f"{OWN_KEYS}[pets]"),
-    "icem_online: environments plan alike": ("algorithms/icem_online.py", SPLIT, SHARED, f"{OWN_KEYS}[icem_online]"),
+    **{f"{name}: environments plan alike": (f"algorithms/{name}.py", SPLIT, SHARED, f"{OWN_KEYS}[{name}]")
+       for name in ("icem_online", "icem_online_gradient", "icem_online_lora", "icem_online_refit")},
+    **{f"{name}: the environment draws from the key of the policy": (
+        f"algorithms/{name}.py", "source.step(env_key,", "source.step(act_key,",
+        f"test_every_key_of_a_method_serves_once[{name}]")
+       for name in ("icem_online", "icem_online_gradient", "icem_online_lora", "icem_online_refit")},
     "ppo: one action for all": ("algorithms/ppo.py", "action = dist.sample(seed=act_key)",
         "action = dist.mean() + (dist.sample(seed=act_key) - dist.mean())[:1]", f"{OWN_KEYS}[ppo]"),
     "ippo: one noise for all agents": ("algorithms/ippo.py", "action = dist.sample(seed=act_key)",

@@ -700,6 +700,11 @@ def test_settings_are_those_of_the_source(name):
     assert tuple(value for key, value in settings.items() if key not in OFF) == NUMBERS[name]
 
 
+def test_a_merge_starts_where_it_should():
+    start = importlib.import_module("core.envs.merging_idm").Env().start(jax.random.key(0))
+    np.testing.assert_array_equal(start, [8.0, -3.5, 12.0, 0.0, 15.0, 10.0])
+
+
 @pytest.mark.parametrize("name", ["cartpole_swingup", "planar_drone_wind"])
 def test_features_are_those_of_each_state_of_a_batch(name):
     env = importlib.import_module(f"core.envs.{name}").Env()

@@ -440,7 +440,7 @@ def test_evaluation_has_its_own_environment_and_episodes(play):
     assert metrics["return"][2, 1] == pytest.approx(float(rewards.mean()), rel=1e-5)
 
 
-def test_the_best_checkpoint_is_the_best_by_all_seeds(play, tmp_path):
+def test_the_best_checkpoint_is_the_best_by_all_seeds(play, tmp_path, capsys):
     """Returns fall, while the first seed's rise."""
     class Falls(Play):
         @staticmethod
@@ -457,8 +457,11 @@ def test_the_best_checkpoint_is_the_best_by_all_seeds(play, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launcher, "row_of", row_of)
         play(method=Falls, eval_every=4)
-    folder = tmp_path / "run" / "checkpoints"
+    folder, _ = tmp_path / "run" / "checkpoints", capsys.readouterr()
     assert checkpoint.best(folder).stem == "step_000000000002" == checkpoint.steps(folder)[0].stem
+    assert not capsys.readouterr().out
+    (folder / "step_000000000009.npz").write_bytes(b"half")
+    assert checkpoint.best(folder).stem == "step_000000000002" and "step_000000000009.npz" in capsys.readouterr().out
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):

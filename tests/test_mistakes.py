@@ -258,7 +258,7 @@ finetune $POLE                                                              | mo
 finetune --config=configs/icem_online_linear.py --workdir=$SCRATCH/staged   | model.npz
 """
 
-CONFIG, CLI, DATASET = "core/config.py", "launchers/cli.py", "core/dataset.py"
+CONFIG, CLI, DATASET, INTERFACE = "core/config.py", "launchers/cli.py", "core/dataset.py", "core/envs/interface.py"
 RANGES, ROW = "test_a_config_is_compared_with_what_was_declared", "test_a_mistake_is_one_line_and_leaves_nothing"
 PLANTED_ERRORS = {
     "a range is not looked at": (CONFIG, "not rule.holds(value)", "False", RANGES),
@@ -279,6 +279,10 @@ PLANTED_ERRORS = {
     "false is true": (CLI, '"false": False', '"false": True', "test_settings_of_environments_by_flags"),
     "numbers that are not finite are data": (DATASET, "if not np.isfinite(value).all():", "if False:", ROW),
     "complex numbers are data": (DATASET, 'not in "biuf"', 'not in "biufc"', ROW),
+    "an environment may lack what is needed": (INTERFACE, "if not hasattr(env.env, name)]", "if False]", ROW),
+    "one agent, or several": (INTERFACE, "if (env.num_agents is not None) != agents:", "if False:", ROW),
+    "the wrong number of agents is named": (INTERFACE,
+        'lacks.append("several agents" if env.num_agents is not None', 'lacks.append("several agents" if agents', ROW),
     "nobody waits for the others": ("launchers/processes.py", "while len(waiting) < num_processes - 1:", "while False:",
                                     "test_processes_that_do_not_meet_say_so"),
 }

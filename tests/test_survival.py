@@ -231,14 +231,15 @@ def test_a_fork_does_not_hold_the_lock(tmp_path):
         from core import files
         folder = pathlib.Path(sys.argv[1])
         with files.locked(folder):
-            if not os.fork():
+            if not os.fork():  # the lock goes before this process comes to the next line
+                print(os.getpid(), flush=True)
                 time.sleep(60)
-            print(os.getpid(), flush=True)
-            os._exit(0)
+            os.wait()
         """
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=cli.ROOT, stdout=subprocess.PIPE,
                                start_new_session=True)
     process.stdout.readline()
+    process.kill()  # and its fork lives
     process.wait()
     try:
         with files.locked(tmp_path):
