@@ -4,6 +4,20 @@ An entry names the file, the function, the line as it is, the line as it would b
 test says that the entry is stale.
 """
 EQUIVALENT = {
+    ("core/envs/riccati.py", "_implicitly",
+     "return P, jax.lax.fori_loop(0, DOUBLINGS, double, (dQ + K.T @ dR @ K + moved + moved.T, F))[0]",
+     "return P, jax.lax.fori_loop(1, DOUBLINGS, double, (dQ + K.T @ dR @ K + moved + moved.T, F))[0]"):
+        "one doubling less than enough is enough",
+    ("algorithms/ppo.py", "Agent.loss",
+     "value_loss = 0.5 * jnp.maximum(jnp.square(value - target), jnp.square(clipped_value - target)).mean()",
+     "value_loss = 0.5 * jnp.maximum(jnp.square(value - target), "
+     "jnp.square(clipped_value - jax.lax.stop_gradient(target))).mean()"):
+        "a target is data: it has no gradient",
+    ("algorithms/ppo.py", "Agent.loss",
+     "value_loss = 0.5 * jnp.maximum(jnp.square(value - target), jnp.square(clipped_value - target)).mean()",
+     "value_loss = 0.5 * jnp.maximum(jnp.square(value - jax.lax.stop_gradient(target)), "
+     "jnp.square(clipped_value - target)).mean()"):
+        "a target is data: it has no gradient",
     ("core/dataset.py", "ReplayBuffer.add",
      "data = jax.tree.map(lambda old, new: old.at[index].set(new[n - kept:], unique_indices=True), self.data, batch)",
      "data = jax.tree.map(lambda old, new: old.at[index].set(new[n - kept:]), self.data, batch)"):

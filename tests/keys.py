@@ -4,16 +4,18 @@ A key that copies share, or that serves two purposes, is a valid program with a 
 sees neither copies under vmap nor two halves of a split that were mistaken for each other. So a program is traced, and
 its equations are traced again in a way that also returns the keys that its random primitives take.
 """
+import math
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 
 class Used(NamedTuple):
-    """Lists of keys [n, words]."""
+    """Lists of keys [n, words]; of those that are split, the number of parts follows."""
 
     drawn: list
     split: list
@@ -35,9 +37,10 @@ def with_keys(function):
 
 
 def assert_once(used):
-    """Each key is drawn from once, and then not split. To split one twice gives the same keys, which are looked at."""
+    """Each key is drawn from once, and then not split. To split one twice in the same way gives the same keys, which
+    are looked at: Flax does that. In two ways it serves two purposes."""
     drawn, split = np.concatenate(used.drawn), np.unique(np.concatenate(used.split), axis=0)
-    keys = np.concatenate([drawn, split])
+    keys = np.concatenate([drawn, split[:, :-1]])
     assert len(np.unique(keys, axis=0)) == len(keys) > 1
 
 
@@ -60,7 +63,12 @@ def evaluate(jaxpr, consts, args):
         args, params, name = [read(x) for x in eqn.invars], eqn.params, eqn.primitive.name
         inner = [value for value in params.values() if isinstance(value, (Jaxpr, ClosedJaxpr))]
         if name in ("random_bits", "random_split"):
-            (used.drawn if name == "random_bits" else used.split).append(as_rows(jax.random.key_data(args[0])))
+            keys = as_rows(jax.random.key_data(args[0]))
+            if name == "random_bits":
+                used.drawn.append(keys)
+            else:  # and into how many
+                number = jnp.full((len(keys), 1), math.prod(params["shape"]), keys.dtype)
+                used.split.append(jnp.concatenate([keys, number], axis=1))
         if name == "scan":
             outs, found = scan(params, args)
             used.add(found)

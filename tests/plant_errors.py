@@ -352,9 +352,8 @@ def plant_random(workers, tables, names, count, seed):
             return report(f"{error.path}:{error.line}", what, "equivalent", 0, EQUIVALENT[error.name])
         near = ["render"] if error.function.endswith(".draw") else tests_of(error.path, root, graph, tables)
         orders = {name: in_order(known[0], error) for name in near if (known := record_of(folder, name))}
-        called = {name: first for name, first in orders.items() if first}
-        verdict, words, seconds = "MISSED", "" if called else "no test calls it", 0.0
-        for name, first in (called or dict([*orders.items()][:1])).items():  # a test may read what none calls
+        verdict, words, seconds = "MISSED", "" if any(orders.values()) else "no test calls it", 0.0
+        for name, first in sorted(orders.items(), key=lambda item: not item[1]):  # a test may read what none calls
             if seconds > PATIENCE:
                 continue
             known = records[name]

@@ -36,6 +36,9 @@ PLANTED_ERRORS = {
     "steps and resets share their keys": (BATCH, "jax.random.split(step_key, self.num_envs)",
                                           "jax.random.split(reset_key, self.num_envs)",
                                           "test_every_key_of_a_method_serves_once[ppo]"),
+    "ippo: networks and environments start from one key": (
+        "algorithms/ippo.py", "source.reset(env_key)", "source.reset(agent_key)",
+        "test_every_key_of_a_method_serves_once[ippo]"),
     "a policy and its environment share their keys": ("core/evaluation.py", "act(carry, obs, act_key)",
                                                       "act(carry, obs, env_key)",
                                                       "test_every_key_of_an_evaluation_serves_once"),

@@ -1,5 +1,6 @@
 """The adapter gives JaxMARL's own numbers, and ours behind its signature give ours."""
 import sys
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from core.envs import Batch, Discrete, make_env, pursuit_evasion
+from core.envs import Batch, Discrete, from_jaxmarl, make_env, pursuit_evasion
 from core.envs.from_jaxmarl import AsJaxMARL, Env
 from core.errors import UserError
 
@@ -47,6 +48,10 @@ def test_names_and_packages(monkeypatch):
         Env("MPE_simple_spread_v3", num_agents=0)
     with pytest.raises(UserError, match="no time limit"):
         Env("coin_game")
+    mixed = SimpleNamespace(n=3), SimpleNamespace(shape=(2,), low=-1.0, high=1.0)
+    for spaces in (mixed, mixed[::-1]):
+        with pytest.raises(UserError, match="every agent's actions have to be Discrete"):
+            from_jaxmarl._common("mixed", spaces)
     monkeypatch.setitem(sys.modules, "jaxmarl", None)
     with pytest.raises(UserError, match=r'pip install -e "\.\[envs\]"'):
         Env("MPE_simple_spread_v3")

@@ -60,6 +60,10 @@ PLANTED_ERRORS = {
                                 "run, _ = scale(run, reward, ended(step), config)",
                                 "test_values_are_learnt_in_units_of_the_returns_deviation"),
     "policy gradient reversed": (IPPO, "actor_loss = -jnp.minimum", "actor_loss = jnp.minimum", LOSS),
+    "no gradient through the entropy": (IPPO, "entropy = dist.entropy().mean(axis=0)",
+                                        "entropy = jax.lax.stop_gradient(dist.entropy().mean(axis=0))", LOSS),
+    "no gradient through the clipped value": (IPPO, 'jnp.clip(value - batch["value"],',
+                                              'jnp.clip(jax.lax.stop_gradient(value) - batch["value"],', LOSS),
     "max for min": (IPPO, "-jnp.minimum(ratio", "-jnp.maximum(ratio", LOSS),
     "value not clipped": (IPPO, 'jnp.clip(value - batch["value"], -self.config.clip, self.config.clip)',
                           'value - batch["value"]', LOSS),
@@ -315,7 +319,7 @@ def a_batch(agent, obs, space, size=32):
 @BOTH
 @pytest.mark.parametrize("env", [Game(), Targets()], ids=["discrete", "continuous"])
 def test_loss_is_the_equation_agent_by_agent(env, share):
-    config = make_config(value_coef=0.7, entropy_coef=0.03, clip=0.15, share_params=share)
+    config = make_config(value_coef=0.7, entropy_coef=0.3, clip=0.15, share_params=share)
     agent = start(jax.random.key(0), probes.batch(env), config).agent
     raw = a_batch(agent, jnp.full((1, 2, 1), 0.4), env.action_space)
     dist, values = agent.actor_critic(raw["obs"])
@@ -335,12 +339,16 @@ def test_loss_is_the_equation_agent_by_agent(env, share):
         actor = -np.mean([min(r * x, np.clip(r, 0.85, 1.15) * x) for r, x in zip(ratio, a, strict=True)])
         g, old, v = batch["advantage"] + batch["value"], batch["value"], np.asarray(values, np.float64)[:, i]
         value = 0.5 * np.mean(np.maximum((v - g) ** 2, (old + np.clip(v - old, -0.15, 0.15) - g) ** 2))
-        losses.append(actor + 0.7 * value - 0.03 * entropy)
+        losses.append(actor + 0.7 * value - 0.3 * entropy)
         parts.append((actor, value, entropy, np.mean(np.abs(ratio - 1) > 0.15)))
     loss, info = agent.loss(agent.actor_critic.params, raw)
     np.testing.assert_allclose(loss, np.mean(losses) if share else np.sum(losses), rtol=1e-4)
     names = ("actor_loss", "value_loss", "entropy", "clipped")
     np.testing.assert_allclose([info[name] for name in names], np.mean(parts, axis=0), rtol=1e-4, atol=1e-5)
+    params = agent.actor_critic.params
+    slope = jax.jvp(lambda x: agent.loss(x, raw)[0], (params,), (jax.tree.map(jnp.ones_like, params),))[1]
+    ends = [agent.loss(jax.tree.map(lambda x, h=h: x + h, params), raw)[0] for h in (-1e-3, 1e-3)]
+    np.testing.assert_allclose(slope, (ends[1] - ends[0]) / 2e-3, rtol=0.01, atol=1e-3)  # no part of it is cut off
 
 
 def test_agents_with_their_own_parameters_do_not_touch_each_other():

@@ -464,6 +464,16 @@ def test_the_best_checkpoint_is_the_best_by_all_seeds(play, tmp_path, capsys):
     assert checkpoint.best(folder).stem == "step_000000000002" and "step_000000000009.npz" in capsys.readouterr().out
 
 
+def test_arrays_are_restored_to_their_devices(tmp_path):
+    mesh = jax.make_mesh((2,), ("devices",))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("devices"))
+    path = checkpoint.save(tmp_path, 1, dict(x=np.arange(4.0, dtype=np.float32)), dict(score=None))
+    like = dict(x=jax.ShapeDtypeStruct((4,), jnp.float32, sharding=split))
+    tree, _ = checkpoint.restore(path, like)
+    assert tree["x"].sharding == split
+    np.testing.assert_array_equal(tree["x"], np.arange(4.0))
+
+
 def test_the_newest_and_the_best_are_kept(tmp_path):
     for step, value in enumerate([1.0, 5.0, None, 2.0, None, 0.0]):
         checkpoint.save(tmp_path, step, dict(x=jnp.full(2, step)), dict(score=value))

@@ -105,6 +105,7 @@ def test_agents_leave_trails_that_end():
     near, far = at(frame, 0.0, 0.5), at(frame, -0.3, 0.5)
     assert WHITE > far > near > BLUE  # fading with age
     assert at(frame, -0.5, 0.5) == at(frame, 0.2, 0.5) == WHITE  # older than ten steps; the future
+    assert at(frame, 0.065, 0.5) != WHITE  # it reaches the agent, whose radius is 0.03 here
     assert at(frame, 0.9, -0.5) == WHITE  # no label, no trail
 
 

@@ -1,0 +1,48 @@
+"""Boxes, discrete actions and ends by hand: bounds that are not symmetric, differ by agent, or do not exist."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from core.envs import Box, Discrete, TimeStep, Transition, ended
+
+BOX, AGENTS = Box((-1.0, 2.0), (5.0, 3.0)), Box(((0.0,), (-4.0,)), ((1.0,), (-2.0,)))
+
+
+def test_bounds_and_scales():
+    np.testing.assert_array_equal(BOX.bounds, [[-1, 2], [5, 3]])
+    np.testing.assert_array_equal(BOX.scale, [[2, 2.5], [3, 0.5]])
+    np.testing.assert_array_equal(AGENTS.scale, [[[0.5], [-3]], [[0.5], [1]]])
+    half_open = Box((-np.inf, 0.0, -3.0), (1.0, np.inf, 5.0))
+    np.testing.assert_array_equal(half_open.scale, [[0, 0, 1], [1, 1, 4]])
+    assert BOX.shape == (2,) and AGENTS.shape == (1,) and Discrete(3).shape == ()
+    assert BOX.dtype == jnp.float32 and Discrete(3).dtype == jnp.int32
+
+
+def test_actions_are_put_into_the_box():
+    unit = jnp.float32([[-1, -1], [0, 0.5], [3, 3]])
+    np.testing.assert_allclose(BOX.from_unit(unit), [[-1, 2], [2, 2.75], [5, 3]], rtol=1e-6)
+    np.testing.assert_allclose(BOX.clip(jnp.float32([[-9, 9], [4, 2.5]])), [[-1, 3], [4, 2.5]])
+    np.testing.assert_allclose(AGENTS.clip(jnp.float32([[[2], [0]], [[0.5], [-9]]])), [[[1], [-2]], [[0.5], [-4]]])
+
+
+@pytest.mark.parametrize("box, batch", [(BOX, (4000,)), (AGENTS, (4000, 2))])
+def test_samples_fill_the_box(box, batch):
+    drawn = np.asarray(box.sample(jax.random.key(0), batch))
+    low, high = np.asarray(box.low), np.asarray(box.high)
+    assert drawn.shape == (*batch, *box.shape)
+    np.testing.assert_allclose(drawn.min(0), low, atol=0.02 * (high - low).max())
+    np.testing.assert_allclose(drawn.max(0), high, atol=0.02 * (high - low).max())
+    np.testing.assert_allclose(drawn.mean(0), (low + high) / 2, atol=0.1 * (high - low).max())
+
+
+def test_every_discrete_action_is_drawn():
+    assert sorted(set(np.asarray(Discrete(4).sample(jax.random.key(0), (99,))).tolist())) == [0, 1, 2, 3]
+
+
+def test_a_transition_keeps_the_true_successor_and_both_ends():
+    step = TimeStep(obs=1.0, next_obs=2.0, reward=3.0, terminated=jnp.bool_(False), truncated=jnp.bool_(True), info={})
+    kept = Transition.of(0.0, 5.0, step)
+    assert kept == Transition(obs=0.0, action=5.0, reward=3.0, next_obs=2.0, terminated=False, truncated=True)
+    assert ended(step) and ended(step._replace(terminated=True, truncated=False))
+    assert not ended(step._replace(truncated=jnp.bool_(False)))
