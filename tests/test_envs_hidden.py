@@ -470,7 +470,7 @@ def best_chase(w, x, dt=0.1):
 
 @pytest.mark.parametrize("x", [
     [-5, -5, 0, 0, 5, 5, 0, 0], [-3, 2, 1, -1, 1, 1, 2, 0.5], [-3, 2, 1, -1, 1, 1, 4, 2.5],
-    [4, 0, 0, 1, 0, 0, -2, 0.3]])
+    [4, 0, 0, 1, 0, 0, -2, 0.3], [-18, 12, 0, 0, 5, -9, 3, 1.9]])
 def test_the_unicycle_solves_its_problem(x):
     env, x = make("unicycle_pursuit"), jnp.float32(x)
     w, u, dt = 2.0, jnp.float32([1.0, -2.0]), 0.1

@@ -455,6 +455,9 @@ def test_a_config_is_compared_with_what_was_declared():
     config.hidden_dims = ()
     config.note = "another key"
     check(config, declared)
+    pets = importlib.import_module("algorithms.pets").get_config()
+    pets.kept_elites, pets.weight_decay = 0, 0.0  # nothing, where that is allowed
+    check(pets, importlib.import_module("algorithms.pets").get_config())
     for key, value, words in (("lr", -1.0, "above 0"), ("discount", 1.5, "from 0 to 1"), ("num_envs", 0, "from 1 on"),
                               ("hidden_dims", (3, 0), "from 1 on"), ("env", "", None), ("note", "", None)):
         changed = ppo.get_config()
