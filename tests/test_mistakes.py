@@ -122,7 +122,7 @@ train $OFFLINE --config.dataset=$SCRATCH/pickle.npz                         | pi
 train $OFFLINE --config.dataset=$SCRATCH/good.npz --config.rollout_steps=99 | rollout_steps = 99
 train $OFFLINE --config.dataset=$SCRATCH/good.npz --config.holdout=1.5      | holdout
 train $OFFLINE --config.dataset=$SCRATCH                                    | $SCRATCH
-train $OFFLINE --config.dataset=minari:nothing/of-the-kind-v0               | nothing/of-the-kind-v0
+train $OFFLINE --config.dataset=minari:nothing/of-the-kind-v0               | inari
 train                                                                       | --config
 train --config=                                                             | config
 train --config=configs/nothing.py                                           | configs/nothing.py
@@ -244,7 +244,7 @@ collect $POLE --config.collect.lr=3                                         | lr
 collect $POLE --run=$SCRATCH/nothing                                        | nothing
 collect $POLE --run=$RUN                                                    | gymnax/CartPole-v1
 collect $POLE --seed=-1                                                     | --seed
-collect $POLE --minari=x                                                    | "x"
+collect $POLE --minari=x                                                    | inari
 collect $PPO                                                                | collect
 pretrain $PPO                                                               | pretrain
 pretrain $POLE                                                              | data.npz
