@@ -4,6 +4,10 @@ An entry names the file, the function, the line as it is, the line as it would b
 test says that the entry is stale.
 """
 EQUIVALENT = {
+    ("core/envs/unicycle_pursuit.py", "Env.draw",
+     'Circle(evader, 0.25, BLUE, label="evader"), Line([pursuer, nose], REDS[0], 3),',
+     'Circle(evader, 0.25, BLUE, label="evader"), Line([pursuer, nose], REDS[1], 3),'):
+        "another red",
     ("core/envs/riccati.py", "_implicitly",
      "return P, jax.lax.fori_loop(0, DOUBLINGS, double, (dQ + K.T @ dR @ K + moved + moved.T, F))[0]",
      "return P, jax.lax.fori_loop(1, DOUBLINGS, double, (dQ + K.T @ dR @ K + moved + moved.T, F))[0]"):

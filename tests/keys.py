@@ -19,15 +19,16 @@ class Used(NamedTuple):
 
     drawn: list
     split: list
+    folded: list
 
     def add(self, other):
-        self.drawn.extend(other.drawn)
-        self.split.extend(other.split)
+        for own, others in zip(self, other, strict=True):
+            own.extend(others)
 
 
 def with_keys(function):
     """`function`, that returns (what it returned, Used). A branch that is not taken counts, too; of a `while` loop the
-    first two rounds do. Keys that are folded into are left out: Flax folds several names into one."""
+    first two rounds do."""
     def harvested(*args):
         closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
         outs, used = evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args))
@@ -36,17 +37,19 @@ def with_keys(function):
     return harvested
 
 
-def assert_once(used):
+def assert_once(used, lifted=False):
     """Each key is drawn from once, and then not split. To split one twice in the same way gives the same keys, which
-    are looked at: Flax does that. In two ways it serves two purposes."""
+    are looked at; in two ways it serves two purposes. Flax folds many names into one key, which is neither drawn from
+    nor split, unless its modules are `lifted`, as by nn.vmap."""
     drawn, split = np.concatenate(used.drawn), np.unique(np.concatenate(used.split), axis=0)
-    keys = np.concatenate([drawn, split[:, :-1]])
+    folded = [] if lifted or not used.folded else [np.unique(np.concatenate(used.folded), axis=0)]
+    keys = np.concatenate([drawn, split[:, :-1], *folded])
     assert len(np.unique(keys, axis=0)) == len(keys) > 1
 
 
 def evaluate(jaxpr, consts, args):
     """(outputs, Used) of the equations."""
-    values, used = {}, Used([], [])
+    values, used = {}, Used([], [], [])
     values.update(zip(jaxpr.constvars, consts, strict=True))
     values.update(zip(jaxpr.invars, args, strict=True))
 
@@ -62,13 +65,15 @@ def evaluate(jaxpr, consts, args):
     for eqn in jaxpr.eqns:
         args, params, name = [read(x) for x in eqn.invars], eqn.params, eqn.primitive.name
         inner = [value for value in params.values() if isinstance(value, (Jaxpr, ClosedJaxpr))]
-        if name in ("random_bits", "random_split"):
+        if name in ("random_bits", "random_split", "random_fold_in"):
             keys = as_rows(jax.random.key_data(args[0]))
-            if name == "random_bits":
-                used.drawn.append(keys)
-            else:  # and into how many
-                number = jnp.full((len(keys), 1), math.prod(params["shape"]), keys.dtype)
-                used.split.append(jnp.concatenate([keys, number], axis=1))
+        if name == "random_bits":
+            used.drawn.append(keys)
+        if name == "random_fold_in":
+            used.folded.append(keys)
+        if name == "random_split":
+            number = jnp.full((len(keys), 1), math.prod(params["shape"]), keys.dtype)
+            used.split.append(jnp.concatenate([keys, number], axis=1))
         if name == "scan":
             outs, found = scan(params, args)
             used.add(found)

@@ -12,6 +12,8 @@ from core.envs import repeat, restart
 
 FILE = "core/planning.py"
 PLANTED_ERRORS = {
+    "the second best has to be good": (FILE, "jnp.isfinite(costs[0])", "jnp.isfinite(costs[1])",
+                                       "test_the_only_good_plan_is_executed"),
     "plans not shifted": (FILE, "jnp.concatenate([plan[1:], plan[-1:]])", "plan", "test_icem_is_the_algorithm"),
     "elites not shifted": (FILE, "shift(elites[:, :num_kept])", "elites[:, :num_kept]", "test_icem_is_the_algorithm"),
     "stale costs in a new step": (
@@ -206,6 +208,17 @@ def test_a_plan_without_a_finite_cost_is_never_elite(name):
         carry, action, _ = plan(bad, -9.0, 0.0, LOW / 3)
         np.testing.assert_allclose(action, LOW / 3, rtol=1e-6)
         assert not np.isfinite(carry.costs).any()
+
+
+def test_the_only_good_plan_is_executed():
+    """Which the mean of all good ones is, too."""
+    def first_action(return_mode):
+        cost = lambda a: jnp.where(jnp.arange(a.shape[1]) == 7, 1.0, jnp.inf)  # noqa: E731
+        return planning.icem(jax.random.key(0), cost, fresh_carry(), LOW, HIGH, num_samples=20, num_elites=4,
+                             num_iterations=1, momentum=0.0, return_mode=return_mode)[1]
+
+    np.testing.assert_allclose(first_action("best"), first_action("mean"), rtol=1e-6)
+    assert (first_action("best") != (LOW + HIGH) / 2).all()
 
 
 def test_fewer_good_plans_than_elites_weigh_alone():
