@@ -30,6 +30,8 @@ PLANTED_ERRORS = {  # and the test that has to notice
     "bounds pushed apart": (PETS, 'params["max_log_var"] - params["min_log_var"]',
                             'params["min_log_var"] - params["max_log_var"]', LOSS),
     "bound_coef forgotten": (PETS, "self.config.bound_coef * ", "0.01 * ", LOSS),
+    "no gradient through the bounds": (PETS, "return nll + bounds +", "return nll + jax.lax.stop_gradient(bounds) +",
+                                       LOSS),
     "weight_decay forgotten": (PETS, "self.config.weight_decay * decay", "2.5e-4 * decay", LOSS),
     "biases decay": (PETS, 'name.startswith("weight")', 'name.startswith(("weight", "bias"))', LOSS),
     "log-variance unbounded above": (PETS, "high - nn.softplus(high - log_var)", "log_var", LOSS),
@@ -219,6 +221,12 @@ def test_loss_is_the_equation():
     decay = 0.05 * sum(np.square(np.asarray(params[f"weight_{i}"], np.float64)).sum() for i in range(2))
     np.testing.assert_allclose(info["loss"], nll, rtol=1e-4)
     np.testing.assert_allclose(loss - info["loss"], bounds + decay, rtol=1e-3)
+    value = jax.jit(lambda params: agent.loss(params, z, change)[0])
+    for name in params:  # no part of it is cut off from a parameter
+        direction = {key: jnp.ones_like(x) * (key == name) for key, x in params.items()}
+        slope = jax.jvp(value, (params,), (direction,))[1]
+        ends = [value(jax.tree.map(lambda x, d, h=h: x + h * d, params, direction)) for h in (-1e-3, 1e-3)]
+        np.testing.assert_allclose(slope, (ends[1] - ends[0]) / 2e-3, rtol=0.02, atol=0.02)
 
 
 def test_the_network_starts_as_the_config_says():

@@ -9,6 +9,8 @@ from core.envs import riccati
 
 RICCATI = "core/envs/riccati.py"
 PLANTED_ERRORS = {
+    "one number at rest is enough": (RICCATI, "jnp.abs(A).max() <= small", "jnp.abs(A).min() <= small",
+                                     "test_it_solves_the_riccati_equation"),
     "too few doublings": (RICCATI, "DOUBLINGS = 20", "DOUBLINGS = 12"),
     "unsettled, and silent": (RICCATI, "jnp.where(settled, P, jnp.nan)", "P"),
     "settled if the transition is small alone": (RICCATI, " | (change <= small * jnp.abs(P).max())", ""),
@@ -46,7 +48,8 @@ def double_integrator(q, r, dt=0.1):
 
 
 CASES = [problem(1, 1, 0), problem(2, 1, 1), problem(4, 2, 2), problem(4, 2, 3, rank=1), problem(10, 3, 4),
-         double_integrator((10.0, 1.0), 0.1), double_integrator((1e-3, 1e-3), 1.0), double_integrator((1.0, 0.0), 10.0)]
+         double_integrator((10.0, 1.0), 0.1), double_integrator((1e-3, 1e-3), 1.0), double_integrator((1.0, 0.0), 10.0),
+         (np.diag([1.0, 0.5]), np.eye(2), np.diag([1e-3, 1.0]), np.eye(2))]  # two systems apart
 
 
 @pytest.mark.parametrize("case", CASES)
