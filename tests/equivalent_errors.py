@@ -4,6 +4,10 @@ An entry names the file, the function, the line as it is, the line as it would b
 test says that the entry is stale.
 """
 EQUIVALENT = {
+    ("core/train_state.py", "TrainState.minimize",
+     "return self.replace(params=optax.apply_updates(self.params, updates), opt_state=opt_state), info",
+     "return self.replace(params=optax.apply_updates(updates, self.params), opt_state=opt_state), info"):
+        "it adds the two",
     ("core/envs/unicycle_pursuit.py", "Env.draw",
      'Circle(evader, 0.25, BLUE, label="evader"), Line([pursuer, nose], REDS[0], 3),',
      'Circle(evader, 0.25, BLUE, label="evader"), Line([pursuer, nose], REDS[1], 3),'):

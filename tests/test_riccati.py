@@ -10,7 +10,7 @@ from core.envs import riccati
 RICCATI = "core/envs/riccati.py"
 PLANTED_ERRORS = {
     "one number at rest is enough": (RICCATI, "jnp.abs(A).max() <= small", "jnp.abs(A).min() <= small",
-                                     "test_it_solves_the_riccati_equation"),
+                                     "test_what_has_not_settled_is_not_a_number"),
     "too few doublings": (RICCATI, "DOUBLINGS = 20", "DOUBLINGS = 12"),
     "unsettled, and silent": (RICCATI, "jnp.where(settled, P, jnp.nan)", "P"),
     "settled if the transition is small alone": (RICCATI, " | (change <= small * jnp.abs(P).max())", ""),
@@ -130,6 +130,8 @@ def test_what_has_not_settled_is_not_a_number():
     one, solve = jnp.ones((1, 1)), jax.jit(riccati.solve)
     assert np.isnan(solve(one, one, 1e-16 * one, one)).all()
     assert np.isnan(solve(1.5 * one, 0 * one, one, one)).all()
+    apart = jnp.diag(jnp.array([1.5, 0.5]))  # one of two systems
+    assert np.isnan(solve(apart, jnp.array([[0.0], [1.0]]), jnp.eye(2), one)).all()
     idle = solve(jnp.diag(jnp.array([0.5, 1.0])), jnp.array([[1.0], [0.0]]), jnp.diag(jnp.array([2.0, 0.0])), one)
     P = np.roots([1.0, 1 - 0.25 - 2.0, -2.0]).max()  # P = 2 + P / 4 − (P / 2)² / (1 + P)
     np.testing.assert_allclose(idle, np.diag([P, 0.0]), rtol=1e-8, atol=1e-12)
