@@ -4,8 +4,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from core.envs import Box, Discrete, TimeStep, Transition, ended
+from core.envs import Batch, Box, Discrete, TimeStep, Transition, ended
 
+BATCH, COUNTS = "core/envs/batch.py", "test_a_batch_counts_each_episode_and_starts_it_anew"
+INTERFACE = "core/envs/interface.py"
+PLANTED_ERRORS = {
+    "lengths go on": (BATCH, "where(done, 0, length))", "length)", COUNTS),
+    "lengths start with the end": (BATCH, "where(done, 0, length))", "where(done, length, 0))", COUNTS),
+    "returns go on": (BATCH, "where(done, 0.0, total),", "total,", COUNTS),
+    "the running return is told": (BATCH, '"return": where(done, total, 0.0)', '"return": total', COUNTS),
+    "the reward of the end is lost": (BATCH, "env_state.episode_return + step.reward",
+                                      "env_state.episode_return + where(done, 0.0, step.reward)", COUNTS),
+    "an open box has the scale of its bound": (INTERFACE, "np.isfinite(low) & np.isfinite(high)", "np.isfinite(low)",
+                                               "test_bounds_and_scales"),
+    "from the low bound": (INTERFACE, "return centre + half * jnp.clip", "return centre - half * jnp.clip",
+                           "test_actions_are_put_into_the_box"),
+    "a time limit is no end": (INTERFACE, "return step.terminated | step.truncated", "return step.terminated",
+                               "test_a_transition_keeps_the_true_successor_and_both_ends"),
+}
 BOX, AGENTS = Box((-1.0, 2.0), (5.0, 3.0)), Box(((0.0,), (-4.0,)), ((1.0,), (-2.0,)))
 
 
@@ -46,3 +62,35 @@ def test_a_transition_keeps_the_true_successor_and_both_ends():
     assert kept == Transition(obs=0.0, action=5.0, reward=3.0, next_obs=2.0, terminated=False, truncated=True)
     assert ended(step) and ended(step._replace(terminated=True, truncated=False))
     assert not ended(step._replace(truncated=jnp.bool_(False)))
+
+
+class Steps:
+    """It pays the number of its step, and ends after two of them (copy 0) or three; an obs is that number."""
+
+    max_steps, action_space = 3, Discrete(2)
+
+    def reset(self, key):
+        return jnp.int32(0), jnp.zeros(1)
+
+    def step(self, key, t, action):
+        obs, over = jnp.full(1, t + 1, jnp.float32), t + 1 >= 3 - action
+        return t + 1, TimeStep(obs, obs, t + 1.0, over & (action == 1), over & (action == 0), {})
+
+
+def test_a_batch_counts_each_episode_and_starts_it_anew():
+    batch, keys = Batch(Steps(), 2), jax.random.split(jax.random.key(0), 7)
+    state, obs = batch.reset(keys[6])
+    counts, lengths, returns, seen = [], [], [], [obs]
+    for key in keys[:6]:
+        state, step = batch.step(key, state, jnp.array([1, 0]))  # copy 0 always ends early
+        episode = step.info["episode"]
+        counts.append(episode["count"])
+        lengths.append(episode["length"])
+        returns.append(episode["return"])
+        seen.append(step.obs)
+    np.testing.assert_array_equal(np.array(counts).T, [[0, 1, 0, 1, 0, 1], [0, 0, 1, 0, 0, 1]])
+    np.testing.assert_array_equal(np.array(lengths).T, [[0, 2, 0, 2, 0, 2], [0, 0, 3, 0, 0, 3]])
+    np.testing.assert_array_equal(np.array(returns).T, [[0, 3, 0, 3, 0, 3], [0, 0, 6, 0, 0, 6]])
+    np.testing.assert_array_equal(np.array(seen)[..., 0].T, [[0, 1, 0, 1, 0, 1, 0], [0, 1, 2, 0, 1, 2, 0]])
+    np.testing.assert_array_equal(step.next_obs[:, 0], [2, 3])
+    np.testing.assert_array_equal([step.terminated, step.truncated], [[True, False], [False, True]])
