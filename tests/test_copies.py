@@ -42,6 +42,9 @@ PLANTED_ERRORS = {
     "pets: networks and memory draw from one key": (
         "algorithms/pets.py", "Agent.create(agent_key,", "Agent.create(store_key,",
         "test_every_key_of_a_method_serves_once[pets]"),
+    "pets: all updates draw the same rows": (
+        "algorithms/pets.py", "jax.random.split(key, self.config.num_updates))",
+        "jnp.broadcast_to(key, (self.config.num_updates,)))", "test_every_key_of_a_method_serves_once[pets]"),
     "a policy and its environment share their keys": ("core/evaluation.py", "act(carry, obs, act_key)",
                                                       "act(carry, obs, env_key)",
                                                       "test_every_key_of_an_evaluation_serves_once"),
@@ -135,7 +138,7 @@ class Witness:
 def get_config(name):
     config = importlib.import_module(f"algorithms.{name}").get_config()
     sizes = dict(num_envs=ENVS, num_steps=min(3, config.get("num_steps", 0)), env_steps=64, random_steps=2 * ENVS,
-                 num_minibatches=1, num_epochs=1, num_updates=1, horizon=3, kept_elites=2, about="params", window=3,
+                 num_minibatches=3, num_epochs=2, num_updates=2, horizon=3, kept_elites=2, about="params", window=3,
                  rollout_steps=2, hidden_dims=(4,))
     config.update({key: size for key, size in sizes.items() if key in config})
     if "planner" in config:
