@@ -15,6 +15,22 @@ from core.errors import UserError
 FILE = "core/dataset.py"
 SAMPLE = "index = jax.random.randint(key, (batch_size,), 0, self.size)\n        return"
 PLANTED_ERRORS = {
+    "samples of what is empty": (FILE, """(batch_size,), 0, self.size)
+        return jax.tree.map(lambda x: x[index], self.data)
+
+    def sample_trajectories(
+""", """(batch_size,), 0, self.capacity)
+        return jax.tree.map(lambda x: x[index], self.data)
+
+    def sample_trajectories(
+""", "test_samples_are_all_entries_that_there_are_and_no_other"),
+    "the last one is never drawn": (FILE, """(batch_size,), 0, self.size)
+        return jax.tree.map(lambda x: x[index], self.data)
+
+    def sample_trajectories(self""", """(batch_size,), 0, self.size - 1)
+        return jax.tree.map(lambda x: x[index], self.data)
+
+    def sample_trajectories(self""", "test_samples_are_all_entries_that_there_are_and_no_other"),
     "low bits overlap": (FILE, "<< bits) | index", "<< (bits - 1)) | index"),
     "a key too many": (FILE, "max(1, (n - 1).bit_length())", "1 + n.bit_length() // 9"),
     "truncation is no end": (FILE, ' | np.asarray(data["truncated"], bool)', ""),
@@ -231,3 +247,13 @@ def test_bad_data_are_named(change, words):
     data = {k: v for k, v in (transitions(0, 6) | change).items() if v is not None}
     with pytest.raises(UserError, match=words):
         Dataset.create(data)
+
+
+def test_samples_are_all_entries_that_there_are_and_no_other():
+    """Of a buffer that is filled in part, of one that has wrapped, and of a data set."""
+    data = dict(x=jnp.arange(1, 8), terminated=jnp.zeros(7, bool), truncated=jnp.arange(7) == 6)
+    empty = ReplayBuffer.create(jax.tree.map(lambda x: x[0], data), 5)
+    part, wrapped = empty.add(jax.tree.map(lambda x: x[:3], data)), empty.add(data)
+    for source, entries in ((part, {1, 2, 3}), (wrapped, {3, 4, 5, 6, 7}), (Dataset.create(data), set(range(1, 8)))):
+        drawn = source.sample(jax.random.key(0), 300)["x"]
+        assert set(np.asarray(drawn).tolist()) == entries

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from core.envs import Batch, Box, Discrete, TimeStep, Transition, ended
+from core.envs import Batch, Box, Discrete, TimeStep, Transition, ended, make_env
 
 BATCH, COUNTS = "core/envs/batch.py", "test_a_batch_counts_each_episode_and_starts_it_anew"
 INTERFACE = "core/envs/interface.py"
@@ -19,6 +19,9 @@ PLANTED_ERRORS = {
                                                "test_bounds_and_scales"),
     "from the low bound": (INTERFACE, "return centre + half * jnp.clip", "return centre - half * jnp.clip",
                            "test_actions_are_put_into_the_box"),
+    "gymnax: a fall for a time limit": ("core/envs/from_gymnax.py", "terminated, truncated & ~terminated, {}",
+                                        "truncated & ~terminated, terminated, {}",
+                                        "test_a_pole_of_gymnax_falls_or_runs_out_of_time"),
     "a time limit is no end": (INTERFACE, "return step.terminated | step.truncated", "return step.terminated",
                                "test_a_transition_keeps_the_true_successor_and_both_ends"),
 }
@@ -94,3 +97,13 @@ def test_a_batch_counts_each_episode_and_starts_it_anew():
     np.testing.assert_array_equal(np.array(seen)[..., 0].T, [[0, 1, 0, 1, 0, 1, 0], [0, 1, 2, 0, 1, 2, 0]])
     np.testing.assert_array_equal(step.next_obs[:, 0], [2, 3])
     np.testing.assert_array_equal([step.terminated, step.truncated], [[True, False], [False, True]])
+
+
+@pytest.mark.parametrize("limit, last, flags", [(500, 12, (True, False)), (4, 4, (False, True))])
+def test_a_pole_of_gymnax_falls_or_runs_out_of_time(limit, last, flags):
+    env, key = make_env("gymnax/CartPole-v1", 1, max_steps_in_episode=limit).env, jax.random.key(0)
+    (state, _), steps = env.reset(key), []
+    while not (steps and ended(steps[-1])):
+        state, step = jax.jit(env.step)(key, state, 0)
+        steps.append(step)
+    assert (step.terminated, step.truncated) == flags and 3 < len(steps) <= last

@@ -552,8 +552,8 @@ def test_an_evaluation_is_of_one_episode_each():
 
 
 def test_scores_by_hand():
-    assert iqm([1, 2, 3, 4, 5, 100]) == pytest.approx((0.5 * 2 + 3 + 4 + 0.5 * 5) / 3)
-    assert iqm([1, 2, 3, 4, 5, 6, 7]) == pytest.approx((0.25 * 2 + 3 + 4 + 5 + 0.25 * 6) / 3.5)
+    assert iqm([8, 1, 2, 3, 100, 4]) == pytest.approx((0.5 * 2 + 3 + 4 + 0.5 * 8) / 3)
+    assert iqm([1, 2, 3, 4, 5, 9, 99]) == pytest.approx((0.25 * 2 + 3 + 4 + 5 + 0.25 * 9) / 3.5)
     one, many = summarize([3.0]), summarize([1.0, 2.0, 3.0, 4.0, 5.0])
     assert one["ci95"] is None and one["iqm"] == 3.0 and many["per_seed"] == [1, 2, 3, 4, 5] and many["mean"] == 3
     assert many["ci95"][0] < many["iqm"] < many["ci95"][1]
