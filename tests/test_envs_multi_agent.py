@@ -281,3 +281,13 @@ def test_settings_are_those_of_the_docstrings():
                             (multi_agent_tracking, (6, 1.0, 2.0, 0.1, 25, 0, False)),
                             (pursuit_evasion, (3, 1.0, 3.0, 4.0, 1.0, 1.3, 0.075, 0.05, 0.1, 25))):
         assert dataclasses.astuple(module.Env()) == numbers
+
+
+def test_agents_and_goals_start_all_over_their_squares():
+    keys = jax.random.split(jax.random.key(0), 3000)  # so many that the edges are nearly reached
+    agents, goals = jax.vmap(lambda key: particles.spawn(key, 4, 2.0, 0.5))(keys)
+    assert (agents[..., 2:] == 0).all()
+    for places, half_width in ((agents[..., :2].reshape(-1, 2), 2.0), (goals, 0.5)):
+        np.testing.assert_allclose(places.min(0), -half_width, atol=0.03 * half_width)
+        np.testing.assert_allclose(places.max(0), half_width, atol=0.03 * half_width)
+        np.testing.assert_allclose(places.mean(0), 0, atol=0.15 * half_width)
