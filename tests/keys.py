@@ -38,9 +38,11 @@ def with_keys(function):
 
 
 def assert_once(used, lifted=False):
-    """Each key is drawn from once, and then not split. To split one twice in the same way gives the same keys, which
-    are looked at; in two ways it serves two purposes. Flax folds many names into one key, which is neither drawn from
-    nor split, unless its modules are `lifted`, as by nn.vmap."""
+    """Each key has one use: one draw, or one split, or the names that Flax folds into it.
+
+    A key may be split twice into equally many parts: the parts are the same keys, and these are checked here. Modules
+    that are `lifted`, as by nn.vmap, split the keys that names are folded into, so there these are not checked.
+    """
     drawn, split = np.concatenate(used.drawn), np.unique(np.concatenate(used.split), axis=0)
     folded = [] if lifted or not used.folded else [np.unique(np.concatenate(used.folded), axis=0)]
     keys = np.concatenate([drawn, split[:, :-1], *folded])
