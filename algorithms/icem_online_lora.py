@@ -175,7 +175,7 @@ class Run(NamedTuple):
 
 
 def init(key, source, config):
-    require(source, config, actions=(Box,), offers=("cost", "terminal_cost"))
+    require(source, config, actions=(Box,), bounded=True, offers=("cost", "terminal_cost"))
     agent_key, env_key = jax.random.split(key)
     env_state, obs = source.reset(env_key)
     agent = Agent.create(agent_key, hidden.split(source.env, obs)[0][0], source.env, config)

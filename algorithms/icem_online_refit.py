@@ -166,7 +166,7 @@ class Run(NamedTuple):
 
 
 def init(key, source, config):
-    require(source, config, actions=(Box,), offers=("cost", "terminal_cost"))
+    require(source, config, actions=(Box,), bounded=True, offers=("cost", "terminal_cost"))
     refused = {'has no layers: adapt="all"': config.adapt != "all", 'has no weights to read: pretrained=""':
                config.pretrained, "needs an environment with hidden Params": not hasattr(source.env, "guess")}
     if config.model == "physics" and (problems := [words for words, holds in refused.items() if holds]):

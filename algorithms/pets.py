@@ -229,7 +229,7 @@ class Run(NamedTuple):
 
 
 def init(key, source, config):
-    require(source, config, actions=(Box,), offers=("cost", "terminal_cost"))
+    require(source, config, actions=(Box,), bounded=True, offers=("cost", "terminal_cost"))
     if config.num_particles % config.num_members:
         raise UserError(f"num_particles = {config.num_particles} is no multiple of num_members = {config.num_members}")
     if ("init_std" in config.planner) != (config.search == "icem"):

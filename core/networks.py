@@ -1,5 +1,6 @@
 """Networks that three or more algorithms share."""
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,3 +43,25 @@ class MLP(nn.Module):
 def ensemblize(module: type[nn.Module], n: int) -> Callable[..., nn.Module]:
     """n independent copies of `module` on the same input, outputs stacked on axis 0."""
     return nn.vmap(module, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=n)
+
+
+class TanhNormal(NamedTuple):
+    """Actions in (−1, 1): a = tanh u, where u ~ N(mean, exp(log_std)²) in each dimension."""
+
+    mean: jax.Array  # [..., A]
+    log_std: jax.Array  # [..., A]
+
+    def mode(self) -> jax.Array:
+        return jnp.tanh(self.mean)
+
+    def sample_and_log_prob(self, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Actions [..., A] and the logarithm of their density [...], from u itself: at |u| > 9 the action is ±1 in
+        float32, and nothing of u can be found in it.
+
+            log p(a) = Σ_A log N(u; mean, std²) − log(1 − tanh² u),   1 − tanh² u = 4 / (e^u + e^(−u))²
+        """
+        noise = jax.random.normal(key, self.mean.shape)
+        u = self.mean + jnp.exp(self.log_std) * noise
+        log_normal = -0.5 * (jnp.square(noise) + jnp.log(2 * jnp.pi)) - self.log_std
+        log_slope = 2 * (jnp.log(2.0) - u - nn.softplus(-2 * u))
+        return jnp.tanh(u), (log_normal - log_slope).sum(axis=-1)

@@ -158,8 +158,8 @@ def compile_job(algorithm, config, seeds, eval_seed, num_devices):
     (clock, iteration), source = cli.iteration_of(config), cli.source_of(config)
     if config[clock] - config.get("random_steps", 0) < iteration:
         raise UserError(f"{clock} = {config[clock]} leaves no iteration, which takes {iteration}")
-    if getattr(source, "on_host", False) and num_devices > 1:
-        raise UserError(f'environment "{config.env}" runs on the host: --devices=1')
+    if getattr(source, "on_host", False) and len(seeds) % num_devices:
+        raise UserError(f'environment "{config.env}" runs on the host: --num_seeds has to be a multiple of --devices')
     mesh = jax.make_mesh((num_devices,), ("devices",), axis_types=(AxisType.Auto,), devices=jax.devices()[:num_devices])
     whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("devices"))
     by_seed = len(seeds) % num_devices == 0  # every device has seeds of its own and waits for no other

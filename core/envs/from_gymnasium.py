@@ -5,7 +5,7 @@
 
 Both call the host out of the compiled program, so an algorithm scans, jits and vmaps them like any other environment.
 Under a vmap over S seeds, one call steps S x E simulators, and seed i is simulated as if it were alone. Nested vmaps do
-not work, nor do several devices.
+not work. Where seeds are spread over devices, each device makes its own calls.
 
 A call costs 0.1 to 0.2 ms, whatever the number of copies and seeds. In steps/s, one seed, on two quiet cores, always
 with the same actions:
@@ -29,6 +29,7 @@ the key of `reset` and the actions taken.
 
 A planner finds in `env` what it finds in an environment of our own, where the cost is known (`mujoco_costs`).
 """
+import collections
 import difflib
 import functools
 from collections.abc import Callable
@@ -42,6 +43,9 @@ from jax.custom_batching import custom_vmap
 from core.envs.interface import Box, Discrete, TimeStep
 from core.envs.mujoco_costs import COSTS
 from core.errors import UserError
+
+
+KEYS_KEPT = 256
 
 
 class HostEnv(NamedTuple):
@@ -61,8 +65,9 @@ class HostBatch:
 
     def __init__(self, name: str, num_envs: int, /, **kwargs):
         self.num_envs, self.make = num_envs, functools.partial(_make, name, kwargs)
-        self.simulators = [Simulators(self.make, num_envs)]  # of each seed
-        simulator = self.simulators[0].envs[0]
+        self.spare = [Simulators(self.make, num_envs)]
+        self.simulators = collections.OrderedDict()  # of each key of `reset`, the one used last at the end
+        simulator = self.spare[0].envs[0]
         self.max_steps = simulator.spec.max_episode_steps
         if self.max_steps is None:
             raise UserError(f'"gymnasium/{name}" has no time limit: set env_kwargs.max_episode_steps')
@@ -88,14 +93,19 @@ class HostBatch:
         clock, step = self.call_step(jnp.concatenate([words, env_state.key, env_state.clock[None].astype(jnp.uint32)]))
         return env_state._replace(clock=clock), step
 
-    def _of_seed(self, i):
-        if i == len(self.simulators):
-            self.simulators.append(Simulators(self.make, self.num_envs))
-        return self.simulators[i]
+    def _of(self, key, num_seeds):
+        """The simulators of the seed whose `reset` had this key. Those of keys long unused are taken for new ones."""
+        if key not in self.simulators:
+            if len(self.simulators) >= max(KEYS_KEPT, 4 * num_seeds):
+                self.spare.append(self.simulators.popitem(last=False)[1])
+            self.simulators[key] = self.spare.pop() if self.spare else Simulators(self.make, self.num_envs)
+        self.simulators.move_to_end(key)
+        return self.simulators[key]
 
     def _reset(self, words):
         """[S, 2] -> clocks [S] and observations [S, E, ...]."""
-        obs = [self._of_seed(i).reset(key.tolist(), clock=0) for i, key in enumerate(np.asarray(words))]
+        keys = [tuple(key) for key in np.asarray(words).tolist()]
+        obs = [self._of(key, len(keys)).reset(key, clock=0) for key in keys]
         return np.zeros(len(obs), np.int32), np.stack(obs).astype(self.shape.obs.dtype)
 
     def _step(self, words):
@@ -103,7 +113,8 @@ class HostBatch:
         words = np.asarray(words)
         steps = jax.tree.map(lambda x: np.zeros((len(words), *x.shape), x.dtype), self.shape)
         for i, row in enumerate(words):
-            self._of_seed(i).step(row, self.to_host(row[:-3].view(self.action_space.dtype)), steps, i)
+            simulators = self._of(tuple(row[-3:-1].tolist()), len(words))
+            simulators.step(row, self.to_host(row[:-3].view(self.action_space.dtype)), steps, i)
         return words[:, -1].astype(np.int32) + 1, steps
 
 
@@ -140,6 +151,7 @@ class Simulators:
     def step(self, words, actions, steps, seed):
         """Fill in row `seed` of `steps` [S, E, ...]. `words` are the actions, the key and the clock of the call."""
         *key, clock = words[-3:].tolist()
+        key = tuple(key)
         if self.last is not None and self.last[0] == words.tobytes():  # the same call again
             _, last, row = self.last
             jax.tree.map(lambda new, old: np.copyto(new[seed], old[row]), steps, last)

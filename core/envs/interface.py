@@ -123,16 +123,17 @@ class Box(NamedTuple):
         return jnp.clip(action, low, high)
 
 
-def require(env: Any, config: Any, actions: tuple = (Discrete, Box), agents: bool = False,
+def require(env: Any, config: Any, actions: tuple = (Discrete, Box), bounded: bool = False, agents: bool = False,
             offers: tuple[str, ...] = ()) -> None:
-    """Raises UserError where a method cannot act in `env`, the batch that `config` names: its kinds of `actions`;
-    `agents`, whether it plays games of several; `offers`, what it needs of those that the table above lists."""
+    """Raises UserError where a method cannot act in `env`, the batch that `config` names: its kinds of `actions`, and
+    whether they have to be `bounded`; `agents`, whether it plays games of several; `offers`, what it needs of those
+    that the table above lists."""
     lacks = [f'no "{name}"' for name in offers if not hasattr(env.env, name)]
     if (env.num_agents is not None) != agents:
         lacks.append("several agents" if env.num_agents is not None else "one agent")
     if not isinstance(env.action_space, actions):
         lacks.append("discrete actions" if isinstance(env.action_space, Discrete) else "continuous actions")
-    elif "cost" in offers and not np.isfinite([env.action_space.low, env.action_space.high]).all():
-        lacks.append("actions without bounds, among which no plan can be drawn")
+    elif bounded and not np.isfinite([env.action_space.low, env.action_space.high]).all():
+        lacks.append("actions without bounds")
     if lacks:
         raise UserError(f'{config.algorithm} cannot act in "{config.env}", which has {" and ".join(lacks)}')
