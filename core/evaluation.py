@@ -11,8 +11,9 @@ from core.envs.interface import Transition, ended
 
 
 def evaluate(act: Callable, env: Any, key: jax.Array, carry: Any = (),
-             observe: Callable | None = None) -> tuple[jax.Array, jax.Array]:
-    """Undiscounted returns [E] or [E, N] and lengths [E] of exactly one full episode in each of `env`'s E copies.
+             observe: Callable | None = None) -> tuple[jax.Array, ...]:
+    """Undiscounted returns [E] or [E, N] and lengths [E] of exactly one full episode in each of `env`'s E copies; and
+    where the environment reports success, whether the episode had it [E].
 
     `act(carry, obs, key) -> (carry, action)`; `carry` is what the policy remembers at the start of an episode;
     `observe(carry, transition) -> carry` lets it learn within the episode. The episodes are fixed by `key`. To take the
@@ -26,19 +27,22 @@ def evaluate(act: Callable, env: Any, key: jax.Array, carry: Any = (),
         return any_of(state[-1])
 
     def step(state):
-        t, env_state, obs, carry, total, length, alive = state
+        t, env_state, obs, carry, (total, length, *success), alive = state
         act_key, env_key = jax.random.split(jax.random.fold_in(key, t))
         carry, action = act(carry, obs, act_key)
         env_state, ts = env.step(env_key, env_state, action)
         if observe is not None:
             carry = observe(carry, Transition.of(obs, action, ts))
         total = total + jnp.where(alive.reshape(-1, *(1 for _ in agents)), ts.reward, 0.0)
-        return t + 1, env_state, ts.obs, carry, total, length + alive, alive & ~ended(ts)
+        success = tuple(had | alive & ts.info["episode"]["success"] for had in success)
+        return t + 1, env_state, ts.obs, carry, (total, length + alive, *success), alive & ~ended(ts)
 
-    total, length = jnp.zeros((env.num_envs, *agents)), jnp.zeros(env.num_envs, jnp.int32)
-    start = (jnp.int32(0), env_state, obs, carry, total, length, jnp.ones(env.num_envs, bool))
-    *_, total, length, _ = jax.lax.while_loop(unfinished, step, start)
-    return total, length
+    played = jnp.zeros((env.num_envs, *agents)), jnp.zeros(env.num_envs, jnp.int32)
+    if getattr(env, "reports_success", False):
+        played += (jnp.zeros(env.num_envs, bool),)
+    start = (jnp.int32(0), env_state, obs, carry, played, jnp.ones(env.num_envs, bool))
+    *_, played, _ = jax.lax.while_loop(unfinished, step, start)
+    return played
 
 
 @custom_vmap
@@ -63,12 +67,14 @@ def by_team(returns: jax.Array, teams: tuple[int, ...] | None) -> dict[str, jax.
     return {f"return_team{t}": x for t, x in enumerate(totals)} if len(totals) > 1 else {"return": totals[0]}
 
 
-def score(returns: jax.Array, length: jax.Array, teams: tuple[int, ...] | None) -> dict[str, jax.Array]:
-    """Scalars of one seed's evaluation: returns [E] or [E, N], lengths [E]."""
+def score(returns: jax.Array, length: jax.Array, teams: tuple[int, ...] | None,
+          success: jax.Array | None = None) -> dict[str, jax.Array]:
+    """Scalars of one seed's evaluation: returns [E] or [E, N], lengths [E], success [E] where it is reported."""
     totals = by_team(returns, teams)
     agents = {f"return_agent{n}": r for n, r in enumerate(returns.mean(axis=0))} if returns.ndim == 2 else {}
     stds = {name.replace("return", "return_std", 1): x.std() for name, x in totals.items()}
-    return {name: x.mean() for name, x in totals.items()} | stds | {"length": length.mean()} | agents
+    success = {} if success is None else {"success": success.mean()}
+    return {name: x.mean() for name, x in totals.items()} | stds | {"length": length.mean()} | success | agents
 
 
 def iqm(x: np.ndarray) -> float:

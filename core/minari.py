@@ -2,6 +2,7 @@
 
 Minari stores T + 1 observations of an episode of T steps, Monograph the obs and next_obs of every step.
 """
+import inspect
 import warnings
 from typing import Any
 
@@ -18,31 +19,37 @@ def write(name: str, data: dict[str, Any], action_space: Any) -> None:
     minari, spaces = package(), package("gymnasium").spaces
     require_free(name)
 
-    def space(leaf):
-        return spaces.Box(-np.inf, np.inf, leaf.shape[1:], leaf.dtype)
+    def space(tree):
+        if isinstance(tree, dict):
+            return spaces.Dict({name: space(leaf) for name, leaf in tree.items()})
+        limits = np.finfo(tree.dtype) if tree.dtype.kind == "f" else np.iinfo(tree.dtype)
+        return spaces.Box(limits.min, limits.max, tree.shape[1:], tree.dtype)
 
     data, begin, buffers = jax.tree.map(np.asarray, data), 0, []
     discrete = isinstance(action_space, Discrete)
     for end in np.unique(last_steps(data)) + 1:
-        own = {k: leaf[begin:end] for k, leaf in data.items()}
+        own = jax.tree.map(lambda leaf: leaf[begin:end], data)  # noqa: B023
+        obs = jax.tree.map(lambda obs, after: np.append(obs, after[-1:], 0), own["obs"], own["next_obs"])
         buffers.append(minari.data_collector.EpisodeBuffer(
-            id=len(buffers), observations=np.append(own["obs"], own["next_obs"][-1:], 0), actions=own["action"],
+            id=len(buffers), observations=obs, actions=own["action"],
             rewards=own["reward"], terminations=own["terminated"], truncations=own["truncated"], infos={}))
         begin = end
+    create = minari.create_dataset_from_buffers
+    exact = {"jpeg_encoding": False} if "jpeg_encoding" in inspect.signature(create).parameters else {}  # of images
     with warnings.catch_warnings(action="ignore"):  # about authors and e-mail addresses
-        minari.create_dataset_from_buffers(
-            name, buffers, observation_space=space(data["obs"]),
-            action_space=spaces.Discrete(action_space.n) if discrete else space(data["action"]))
+        create(name, buffers, observation_space=space(data["obs"]),
+               action_space=spaces.Discrete(action_space.n) if discrete else space(data["action"]), **exact)
 
 
 def read(name: str) -> dict[str, Any]:
     """All episodes of the Minari dataset `name`: leaves [N, ...], numbers with a comma as float32."""
     if not exists(name):
         raise UserError(f'no Minari dataset "{name}" on this machine: minari download {name}')
-    rows = [dict(obs=e.observations[:-1], next_obs=e.observations[1:], action=e.actions, reward=e.rewards,
+    rows = [dict(obs=jax.tree.map(lambda x: x[:-1], e.observations),
+                 next_obs=jax.tree.map(lambda x: x[1:], e.observations), action=e.actions, reward=e.rewards,
                  terminated=e.terminations, truncated=e.truncations) for e in package().load_dataset(name)]
-    data = {k: np.concatenate([row[k] for row in rows]) for k in rows[0]}
-    return {k: v.astype(np.float32) if v.dtype == np.float64 else v for k, v in data.items()}
+    data = jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
+    return jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == np.float64 else x, data)
 
 
 def require_free(name: str) -> None:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import tqdm
 from absl import app, flags, logging
+from flax.traverse_util import flatten_dict
 from ml_collections import config_flags
 
 from core import checkpoint, files, minari
@@ -47,6 +48,13 @@ def run(function):
             sys.exit(_fail(str(error)))
         except OSError as error:
             sys.exit(_fail(f"{error.filename or 'writing'}: {error.strerror or error}"))
+        except jax.errors.JaxRuntimeError as error:
+            # What was raised on the host, inside of a program, comes as text: its traceback, the exception last.
+            told = re.search(rf"^(?:.*\.)?{UserError.__name__}: (.+)$", str(error), re.M)
+            if told:  # at exit, JAX tells it again
+                sys.unraisablehook = lambda again: sys.__unraisablehook__(again) if not isinstance(
+                    again.exc_value, jax.errors.JaxRuntimeError) else None
+            sys.exit(_fail(told[1]) if told else _fail_loudly(error))
         except Exception as error:
             sys.exit(_fail_loudly(error))
 
@@ -337,12 +345,16 @@ def read_dataset(path, env):
         raise UserError(f'no data in "{path}": name a file by --config.dataset, or write one by launchers.collect')
     data = minari.read(path.removeprefix("minari:")) if path.startswith("minari:") else read_arrays(path)
     obs = jax.eval_shape(env.reset, jax.random.key(0))[1]
-    due = dict(obs=obs.shape[1:], action=env.action_space.shape, next_obs=obs.shape[1:], reward=())
-    for name, shape in due.items():
-        if not isinstance(data.get(name), (np.ndarray, jax.Array)):
+    action, reward = (jax.ShapeDtypeStruct((1, *shape), np.float32) for shape in (env.action_space.shape, ()))
+    due, found = (flatten_dict(tree, sep="/") for tree in (
+        dict(obs=obs, action=action, next_obs=obs, reward=reward), data))
+    for name, like in due.items():
+        if name not in found:
             raise UserError(f'{path} has no "{name}"')
-        if data[name].shape[1:] != shape:
-            raise UserError(f"{path}: {name} {data[name].shape[1:]} where the environment has {shape}")
+        if found[name].shape[1:] != like.shape[1:]:
+            raise UserError(f"{path}: {name} {found[name].shape[1:]} where the environment has {like.shape[1:]}")
+    if others := [name for name in found if name.startswith(("obs/", "next_obs/")) and name not in due]:
+        raise UserError(f'{path} has "{others[0]}", which the environment has not')
     if isinstance(env.action_space, Discrete) and data["action"].dtype.kind == "f":
         raise UserError(f"{path}: action is of type {data['action'].dtype} where the environment counts its actions")
     try:
@@ -375,7 +387,7 @@ def rebind(algorithm, run, env, config):
 
 
 def episodes_of(algorithm, config, episodes, eval_seed):
-    """f(run, seed) -> returns [E] or [E, N] and lengths [E] of one seed's evaluation episodes."""
+    """f(run, seed) -> what `evaluate` gives of one seed's evaluation episodes."""
     def play(run, seed):
         env, run = eval_env(config, episodes), moved(algorithm, run, config)
         act, observe = policy(algorithm, run)

@@ -135,7 +135,7 @@ def host_renderer(name, kwargs):
     """The Gymnasium environment `name` in one copy, and its simulator, if that can make pictures here."""
     try:
         env = make_env(name, 1, **{**kwargs, "render_mode": "rgb_array"})
-        simulator = env.simulators[0].envs[0]
+        simulator = env.spare[0].envs[0]  # which the first reset takes
         simulator.reset(seed=0)
         if np.ndim(simulator.render()) != 3:
             raise ValueError("its renderer makes no pictures")

@@ -135,7 +135,8 @@ def programs(algorithm, config, num_seeds, eval_seed, source):
         return jax.lax.fori_loop(start, stop, iteration, (run, totals))
 
     def test(run, seed, data):
-        return score(*played(run, seed), cli.teams_of(config))
+        returns, length, *success = played(run, seed)
+        return score(returns, length, cli.teams_of(config), *success)
 
     def measure(run, seed, data):
         key = jax.random.fold_in(jax.random.key(eval_seed), ~seed)  # none that an evaluation has
@@ -338,7 +339,9 @@ def means_of(sums, iterations, teams):
         return means
     count = np.where(episode["count"] > 0, episode["count"], np.nan)
     returns = {f"train_{name}": total / count for name, total in by_team(episode["return"], teams).items()}
-    return returns | dict(train_length=episode["length"] / count, train_episodes=episode["count"]) | means
+    success = {"train_success": episode["success"] / count} if "success" in episode else {}
+    return returns | dict(train_length=episode["length"] / count) | success | dict(
+        train_episodes=episode["count"]) | means
 
 
 def summary_of(job, seeds, row, compile_seconds, train_seconds, devices):

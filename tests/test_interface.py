@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from core.envs import Batch, Box, Discrete, TimeStep, Transition, ended, make_env
+from core.evaluation import evaluate
 
 BATCH, COUNTS = "core/envs/batch.py", "test_a_batch_counts_each_episode_and_starts_it_anew"
 INTERFACE = "core/envs/interface.py"
@@ -15,6 +16,12 @@ PLANTED_ERRORS = {
     "the running return is told": (BATCH, '"return": where(done, total, 0.0)', '"return": total', COUNTS),
     "the reward of the end is lost": (BATCH, "env_state.episode_return + step.reward",
                                       "env_state.episode_return + where(done, 0.0, step.reward)", COUNTS),
+    "success goes on": (BATCH, "success & done, success & ~done", "success & done, success",
+                        "test_a_batch_counts_the_success_of_an_episode"),
+    "success before the end": (BATCH, "success & done, success & ~done", "success, success & ~done",
+                               "test_a_batch_counts_the_success_of_an_episode"),
+    "success of the last step": (BATCH, 'env_state.episode_success | step.info["success"]', 'step.info["success"]',
+                                 "test_a_batch_counts_the_success_of_an_episode"),
     "an open box has the scale of its bound": (INTERFACE, "np.isfinite(low) & np.isfinite(high)", "np.isfinite(low)",
                                                "test_bounds_and_scales"),
     "from the low bound": (INTERFACE, "return centre + half * jnp.clip", "return centre - half * jnp.clip",
@@ -65,6 +72,39 @@ def test_a_transition_keeps_the_true_successor_and_both_ends():
     assert kept == Transition(obs=0.0, action=5.0, reward=3.0, next_obs=2.0, terminated=False, truncated=True)
     assert ended(step) and ended(step._replace(terminated=True, truncated=False))
     assert not ended(step._replace(truncated=jnp.bool_(False)))
+
+
+class Arrives:
+    """Dictionaries for observations; success in the step that the action names, of episodes of three steps."""
+
+    max_steps, action_space, reports_success = 3, Discrete(4), True
+
+    def reset(self, key):
+        return jnp.int32(0), self.seen(0)
+
+    def seen(self, t):
+        return dict(place=jnp.float32(t), image=jnp.full((2, 2), t, jnp.uint8))
+
+    def step(self, key, t, action):
+        obs, over = self.seen(t + 1), t + 1 >= 3
+        return t + 1, TimeStep(obs, obs, 1.0, jnp.bool_(False), over, {"success": t + 1 == action})
+
+
+def test_a_batch_counts_the_success_of_an_episode():
+    """Copy 0 arrives in the first step, copy 1 in the last one, copy 2 never; of the next episode only copy 1."""
+    batch, keys = Batch(Arrives(), 3), jax.random.split(jax.random.key(0), 7)
+    state, obs = batch.reset(keys[6])
+    found, seen = [], [obs]
+    for i, key in enumerate(keys[:6]):
+        state, step = batch.step(key, state, jnp.array([1, 3, 0]) * jnp.array([i < 3, 1, 1]))
+        found.append(step.info["episode"]["success"])
+        seen.append(step.obs)
+    np.testing.assert_array_equal(np.argwhere(found), [[2, 0], [2, 1], [5, 1]])
+    np.testing.assert_array_equal([obs["place"][0] for obs in seen], [0, 1, 2, 0, 1, 2, 0])
+    np.testing.assert_array_equal([obs["image"][2, 1, 1] for obs in seen], [0, 1, 2, 0, 1, 2, 0])
+    assert (step.next_obs["image"] == 3).all() and step.next_obs["image"].dtype == jnp.uint8
+    returns, length, success = evaluate(lambda carry, obs, key: (carry, jnp.array([1, 3, 0])), batch, jax.random.key(1))
+    np.testing.assert_array_equal(success, [True, True, False])
 
 
 class Steps:

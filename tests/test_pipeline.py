@@ -72,8 +72,10 @@ PLANTED_ERRORS = {
     "seeds of finetune": (FINETUNE, "num_seeds=num_seeds", "num_seeds=1", STARTS),
     "all of Minari is one episode": ("core/minari.py", "        begin = end\n", "",
                                      "test_minari_gives_back_what_was_put_into_it"),
-    "one step less in Minari": ("core/minari.py", "e.observations[1:]", "e.observations[:-1]",
+    "one step less in Minari": ("core/minari.py", "lambda x: x[1:], e.observations", "lambda x: x[:-1], e.observations",
                                 "test_minari_gives_back_what_was_put_into_it"),
+    "images lose details in Minari": ("core/minari.py", '{"jpeg_encoding": False}', '{"jpeg_encoding": True}',
+                                      "test_minari_gives_back_what_was_put_into_it"),
     "Minari is needed": ("core/minari.py", "except ImportError", "except KeyError",
                          "test_without_minari_its_extra_is_named"),
 }
@@ -315,6 +317,14 @@ def transitions():
                 truncated=flags == 6)
 
 
+def parts(**steps):
+    """Observations that are dictionaries, of images, which no encoding may change, and of numbers."""
+    images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)
+    images[4] = images[3]  # where one episode ends and the next one begins, a successor is no first observation
+    return {name: dict(image=images[step:step + 7], goal=np.arange(7, dtype=np.float32) + step)
+            for name, step in steps.items()}
+
+
 def stand_in_for_minari():
     """What core.minari needs of that package, in memory."""
     stored = {}
@@ -340,7 +350,8 @@ def test_minari_gives_back_what_was_put_into_it(package, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "minari", stand_in_for_minari())
     for name, data, space in (
             ("test/box-v0", transitions(), Box((-1.0,), (1.0,))),
-            ("test/discrete-v0", transitions() | dict(action=np.arange(7, dtype=np.int32) % 3), Discrete(3))):
+            ("test/discrete-v0", transitions() | dict(action=np.arange(7, dtype=np.int32) % 3), Discrete(3)),
+            ("test/dict-v0", transitions() | parts(obs=0, next_obs=1), Box((-1.0,), (1.0,)))):
         minari.write(name, data, space)
         jax.tree.map(np.testing.assert_array_equal, minari.read(name), data)
     for culprit, function in (("already", minari.require_free), ("test/no-v0", lambda _: minari.read("test/no-v0")),

@@ -12,6 +12,7 @@ class BatchState(NamedTuple):
     env: Any
     episode_return: jax.Array  # (E,) or (E, N), of the running episode
     episode_length: jax.Array  # (E,)
+    episode_success: Any  # (E,) whether a step of it had success; () where the environment does not say
 
 
 class Batch:
@@ -21,13 +22,15 @@ class Batch:
         step(key, env_state, action [E, ...]) -> (env_state, TimeStep [E, ...])
 
     `info["episode"]` holds the count, return and length of the episodes that ended with this step and zeros elsewhere,
-    so a sum over any stretch of steps counts every episode exactly once.
+    so a sum over any stretch of steps counts every episode exactly once. Where the environment says which steps have
+    `success`, it also holds whether one step of the episode had.
     """
 
     def __init__(self, env, num_envs: int):
         self.env, self.num_envs = env, num_envs
         self.max_steps, self.action_space = env.max_steps, env.action_space
         self.num_agents = getattr(env, "num_agents", None)
+        self.reports_success = getattr(env, "reports_success", False)
 
         def fresh(key):
             return jax.vmap(env.reset)(jax.random.split(key, num_envs))
@@ -56,7 +59,9 @@ class Batch:
     def reset(self, key: jax.Array) -> tuple[BatchState, jax.Array]:
         state, obs = self.fresh(key)
         agents = () if self.num_agents is None else (self.num_agents,)
-        return BatchState(state, jnp.zeros((self.num_envs, *agents)), jnp.zeros(self.num_envs, jnp.int32)), obs
+        success = jnp.zeros(self.num_envs, bool) if self.reports_success else ()
+        zeros = jnp.zeros((self.num_envs, *agents)), jnp.zeros(self.num_envs, jnp.int32)
+        return BatchState(state, *zeros, success), obs
 
     def step(self, key: jax.Array, env_state: BatchState, action: jax.Array) -> tuple[BatchState, TimeStep]:
         step_key, reset_key = jax.random.split(key)
@@ -65,7 +70,11 @@ class Batch:
         state, obs = self.start_over(reset_key, done, state, step.obs)
         total, length = env_state.episode_return + step.reward, env_state.episode_length + 1
         episode = {"count": done, "return": where(done, total, 0.0), "length": where(done, length, 0)}
-        env_state = BatchState(state, where(done, 0.0, total), where(done, 0, length))
+        success = ()
+        if self.reports_success:
+            success = env_state.episode_success | step.info["success"]
+            episode["success"], success = success & done, success & ~done
+        env_state = BatchState(state, where(done, 0.0, total), where(done, 0, length), success)
         return env_state, step._replace(obs=obs, info=step.info | {"episode": episode})
 
 

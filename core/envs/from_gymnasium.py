@@ -27,11 +27,20 @@ themselves are in no checkpoint. After a resume, the first step of every copy en
 counts as no episode, and a fresh episode starts: a resumed run learns on, but is not bit-exact. Episodes are fixed by
 the key of `reset` and the actions taken.
 
+Observations are a Box or a Dict of such: a dictionary of arrays [E, ...]. Where the simulator reports `success` or
+`is_success`, an episode succeeded if one of its steps did: `info["episode"]["success"]`. A number of a simulator that
+is not finite ends the program in one line.
+
 A planner finds in `env` what it finds in an environment of our own, where the cost is known (`mujoco_costs`).
 """
 import collections
+import contextlib
 import difflib
 import functools
+import importlib.util
+import logging
+import sys
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -44,8 +53,9 @@ from core.envs.interface import Box, Discrete, TimeStep
 from core.envs.mujoco_costs import COSTS
 from core.errors import UserError
 
-
 KEYS_KEPT = 256
+# By the first word of an environment's name, the packages that register it. The extra is called as the first of them.
+PACKAGES = {"dm_control": ("dm_control", "shimmy"), "Meta-World": ("metaworld",)}
 
 
 class HostEnv(NamedTuple):
@@ -64,8 +74,8 @@ class HostBatch:
     on_host, num_agents = True, None
 
     def __init__(self, name: str, num_envs: int, /, **kwargs):
-        self.num_envs, self.make = num_envs, functools.partial(_make, name, kwargs)
-        self.spare = [Simulators(self.make, num_envs)]
+        self.name, self.num_envs, self.make = name, num_envs, functools.partial(_make, name, kwargs)
+        self.spare, self.lock = [Simulators(self.make, num_envs)], threading.Lock()
         self.simulators = collections.OrderedDict()  # of each key of `reset`, the one used last at the end
         simulator = self.spare[0].envs[0]
         self.max_steps = simulator.spec.max_episode_steps
@@ -74,13 +84,16 @@ class HostBatch:
         self.action_space, self.to_host = _actions(name, simulator.action_space)
         cost = _cost(name, simulator.spec.id, kwargs)
         self.env = HostEnv(cost, no_cost, self.max_steps, self.action_space)
-        obs, flag = _array(name, simulator.observation_space, num_envs), jax.ShapeDtypeStruct((num_envs,), bool)
+        obs, flag = _arrays(name, simulator.observation_space, num_envs), jax.ShapeDtypeStruct((num_envs,), bool)
         number, length = (jax.ShapeDtypeStruct((num_envs,), dtype) for dtype in (np.float32, np.int32))
-        episode = {"count": flag, "return": number, "length": length}
+        self.reports_success = reports_success(simulator)
+        episode = {"count": flag, "return": number, "length": length} | (
+            {"success": flag} if self.reports_success else {})
         self.shape = TimeStep(obs, obs, number, flag, flag, {"episode": episode})
         clock = jax.ShapeDtypeStruct((), np.int32)
         self.call_reset = call_host(self._reset, (clock, obs))
         self.call_step = call_host(self._step, (clock, self.shape))
+        logging.getLogger("jax._src.callback").addFilter(is_no_user_error)  # which the launchers print as one line
 
     def reset(self, key: jax.Array) -> tuple[HostState, jax.Array]:
         words = jax.random.key_data(key)
@@ -95,27 +108,44 @@ class HostBatch:
 
     def _of(self, key, num_seeds):
         """The simulators of the seed whose `reset` had this key. Those of keys long unused are taken for new ones."""
-        if key not in self.simulators:
-            if len(self.simulators) >= max(KEYS_KEPT, 4 * num_seeds):
-                self.spare.append(self.simulators.popitem(last=False)[1])
-            self.simulators[key] = self.spare.pop() if self.spare else Simulators(self.make, self.num_envs)
-        self.simulators.move_to_end(key)
-        return self.simulators[key]
+        with self.lock:  # each device calls from a thread of its own
+            if key not in self.simulators:
+                if len(self.simulators) >= max(KEYS_KEPT, 4 * num_seeds):
+                    self.spare.append(self.simulators.popitem(last=False)[1])
+                self.simulators[key] = self.spare.pop() if self.spare else Simulators(self.make, self.num_envs)
+            self.simulators.move_to_end(key)
+            return self.simulators[key]
 
     def _reset(self, words):
         """[S, 2] -> clocks [S] and observations [S, E, ...]."""
-        keys = [tuple(key) for key in np.asarray(words).tolist()]
-        obs = [self._of(key, len(keys)).reset(key, clock=0) for key in keys]
-        return np.zeros(len(obs), np.int32), np.stack(obs).astype(self.shape.obs.dtype)
+        keys, clocks = [tuple(key) for key in np.asarray(words).tolist()], np.zeros(len(words), np.int32)
+        obs = empty(self.shape.obs, len(keys))
+        for i, key in enumerate(keys):
+            self._of(key, len(keys)).reset(key, 0, obs, i)
+        self.check(clocks, observation=obs)
+        return clocks, obs
 
     def _step(self, words):
         """[S, …] -> clocks [S] and time steps [S, E, ...]."""
         words = np.asarray(words)
-        steps = jax.tree.map(lambda x: np.zeros((len(words), *x.shape), x.dtype), self.shape)
+        steps, clocks = empty(self.shape, len(words)), words[:, -1].astype(np.int32) + 1
         for i, row in enumerate(words):
             simulators = self._of(tuple(row[-3:-1].tolist()), len(words))
             simulators.step(row, self.to_host(row[:-3].view(self.action_space.dtype)), steps, i)
-        return words[:, -1].astype(np.int32) + 1, steps
+        self.check(clocks, observation=steps.next_obs, reward=steps.reward)
+        self.check(clocks, observation=steps.obs)
+        return clocks, steps
+
+    def check(self, clocks, **numbers):
+        """Raises UserError at a number [S, E, ...] that is not finite: a simulation that diverged."""
+        for what, tree in numbers.items():
+            parts = tree if isinstance(tree, dict) else {"": tree}
+            for part, x in parts.items():
+                if x.dtype.kind == "f" and not np.isfinite(x).all():
+                    seed, copy, *entry = np.argwhere(~np.isfinite(x))[0].tolist()
+                    where = what + (f' "{part}"' if part else "") + (f" at {entry}" if entry else "")
+                    raise UserError(f'"gymnasium/{self.name}" gave {x[seed, copy, *entry]} in the {where}, in step '
+                                    f"{clocks[seed]} of a seed, copy {copy}: the simulation diverged")
 
 
 def call_host(function, shape):
@@ -142,11 +172,16 @@ class Simulators:
     def __init__(self, make, num_envs):
         self.envs, self.key, self.clock, self.last = [make() for _ in range(num_envs)], None, 0, None
 
-    def reset(self, key, clock):
+    def reset(self, key, clock, obs, seed):
+        """Fill in row `seed` of `obs` [S, E, ...]."""
         self.key, self.clock, self.last = key, clock, None
         self.totals, self.lengths = np.zeros(len(self.envs)), np.zeros(len(self.envs), np.int32)
+        self.succeeded = np.zeros(len(self.envs), bool)
         seeds = np.random.SeedSequence([*key, clock]).generate_state(len(self.envs)).tolist()
-        return np.stack([env.reset(seed=seed)[0] for env, seed in zip(self.envs, seeds, strict=True)])
+        for i, env in enumerate(self.envs):
+            if env.spec.namespace == "Meta-World":  # which draws the goal before it takes the seed
+                env.reset(seed=seeds[i])
+            put(obs, (seed, i), env.reset(seed=seeds[i])[0])
 
     def step(self, words, actions, steps, seed):
         """Fill in row `seed` of `steps` [S, E, ...]. `words` are the actions, the key and the clock of the call."""
@@ -159,24 +194,59 @@ class Simulators:
         if (key, clock) == (self.key, self.clock):
             self.advance(actions, steps, seed)
         else:  # these episodes were lost with the process that simulated them
-            steps.obs[seed] = steps.next_obs[seed] = self.reset(key, clock)
+            self.reset(key, clock, steps.obs, seed)
+            jax.tree.map(lambda new, old: np.copyto(new[seed], old[seed]), steps.next_obs, steps.obs)
             steps.truncated[seed] = True
         self.clock, self.last = clock + 1, (words.tobytes(), steps, seed)
 
     def advance(self, actions, steps, seed):
         """One copy after the other."""
         for i, env in enumerate(self.envs):
-            obs, reward, terminated, truncated, _ = env.step(actions[i])
-            at = seed, i
-            steps.obs[at], steps.next_obs[at], steps.reward[at] = obs, obs, reward
-            steps.terminated[at], steps.truncated[at] = terminated, truncated and not terminated
+            obs, reward, terminated, truncated, info = env.step(actions[i])
+            at, episode = (seed, i), steps.info["episode"]
+            put(steps.obs, at, obs)
+            put(steps.next_obs, at, obs)
+            steps.reward[at], steps.terminated[at], steps.truncated[at] = (
+                reward, terminated, truncated and not terminated)
             self.totals[i] += reward
             self.lengths[i] += 1
+            self.succeeded[i] |= success(info)
             if terminated or truncated:
-                episode = steps.info["episode"]
                 episode["count"][at], episode["return"][at] = True, self.totals[i]
                 episode["length"][at] = self.lengths[i]
-                steps.obs[at], self.totals[i], self.lengths[i] = env.reset()[0], 0.0, 0
+                if "success" in episode:
+                    episode["success"][at] = self.succeeded[i]
+                put(steps.obs, at, env.reset()[0])
+                self.totals[i], self.lengths[i], self.succeeded[i] = 0.0, 0, False
+
+
+def empty(shape, num_seeds):
+    return jax.tree.map(lambda x: np.zeros((num_seeds, *x.shape), x.dtype), shape)
+
+
+def put(batch, at, obs):
+    """Write the observation of one copy into its place of a batch [S, E, ...]."""
+    if isinstance(batch, dict):
+        for name, x in batch.items():
+            x[at] = obs[name]
+    else:
+        batch[at] = obs
+
+
+def success(info):
+    return bool(info.get("success", info.get("is_success", False)))
+
+
+def reports_success(simulator):
+    """Whether its steps say if the task is done: found out by one of them."""
+    simulator.reset(seed=0)
+    simulator.action_space.seed(0)
+    info = simulator.step(simulator.action_space.sample())[-1]
+    return "success" in info or "is_success" in info
+
+
+def is_no_user_error(record):
+    return not (record.exc_info and isinstance(record.exc_info[1], UserError))
 
 
 def no_cost(x):
@@ -192,8 +262,10 @@ def _make(name, kwargs):
         import gymnasium
     except ImportError as error:
         raise UserError(f'"gymnasium/{name}" needs the extra `mujoco`: pip install -e ".[mujoco]"') from error
+    _register(name)
     try:
-        return gymnasium.make(name, **kwargs, disable_env_checker=True)
+        with _without_deprecations(gymnasium.registry.get(name)):
+            return gymnasium.make(name, **kwargs, disable_env_checker=True)
     except gymnasium.error.UnregisteredEnv as error:
         close = difflib.get_close_matches(name, gymnasium.registry, n=1)
         hint = f'; did you mean "gymnasium/{close[0]}"?' if close else ""
@@ -205,6 +277,39 @@ def _make(name, kwargs):
         raise UserError(f'"gymnasium/{name}" needs more: {" ".join(str(error).split())}') from error
     except (TypeError, ValueError, AssertionError, gymnasium.error.Error) as error:
         raise UserError(f'"gymnasium/{name}" with {kwargs}: {" ".join(str(error).split())}') from error
+
+
+def _register(name):
+    """Import the packages of the environment, if it is one of those above."""
+    packages = PACKAGES.get(name.split("/")[0], ())
+    try:
+        for package in packages:
+            importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(f'"gymnasium/{name}" needs the extra `{packages[0]}`: '
+                        f'pip install -e ".[{packages[0]}]"') from error
+
+
+@contextlib.contextmanager
+def _without_deprecations(spec):
+    """MuJoCo 4 warns at every load of Gymnasium's half cheetah that a word in its file is deprecated."""
+    if spec is None or not str(spec.entry_point).startswith("gymnasium.envs.mujoco") or (
+            importlib.util.find_spec("mujoco") is None):
+        yield
+        return
+    import mujoco
+
+    before = mujoco.get_mju_user_warning()
+
+    def warn(text):
+        if "deprecated" not in text:
+            (before or functools.partial(print, "MuJoCo:", file=sys.stderr))(text)
+
+    mujoco.set_mju_user_warning(warn)
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(before)
 
 
 def _cost(name, registered, kwargs):
@@ -231,9 +336,13 @@ def _actions(name, space):
         np.clip(action.reshape(-1, *space.shape), space.low, space.high))
 
 
-def _array(name, space, num_envs):
-    """Shape and type of a batch of observations: floats as float32."""
+def _arrays(name, space, num_envs):
+    """Shapes and types of a batch of observations: floats as float32."""
     from gymnasium import spaces
-    if not isinstance(space, spaces.Box):
-        raise UserError(f'"gymnasium/{name}": observations are {space}; only Box is supported')
-    return jax.ShapeDtypeStruct((num_envs, *space.shape), jax.dtypes.canonicalize_dtype(space.dtype))
+
+    def array(part):
+        if not isinstance(part, spaces.Box):
+            raise UserError(f'"gymnasium/{name}": observations are {space}; only Box and a Dict of Box are supported')
+        return jax.ShapeDtypeStruct((num_envs, *part.shape), jax.dtypes.canonicalize_dtype(part.dtype))
+
+    return {key: array(part) for key, part in space.items()} if isinstance(space, spaces.Dict) else array(space)

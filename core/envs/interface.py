@@ -7,7 +7,8 @@ One environment, never batched, is any object with
     reset(key) -> (state, obs)
     step(key, state, action) -> (state, TimeStep)
 
-pure functions of their arguments. It does not reset itself and knows nothing of its copies: `batch.Batch` does both.
+pure functions of their arguments. `obs` is an array, or a dictionary of arrays. An environment does not reset itself
+and knows nothing of its copies: `batch.Batch` does both.
 Hidden truth (masses, gains, an opponent's cost) lives inside `state`, so it can differ per copy and per episode.
 
 An environment may offer more. Who uses it:
@@ -24,6 +25,7 @@ An environment may offer more. Who uses it:
     info["params"]                 the truth that a step obeyed, for measures, never for acting     ekf_lqr
     draw(state) -> Scene           the picture of a state (`core.render`)                           films
     place(x) -> (2,)               where in that picture the hidden truth moves something           films of beliefs
+    reports_success                info["success"] says whether a step did what the task is         batch, evaluation
     on_host                        it is simulated by Python: a run of it is resumed, but not bit for bit    launchers
 """
 from typing import Any, NamedTuple
