@@ -3,6 +3,11 @@ from setuptools import setup
 # gymnax 1.0.1 imports six without declaring it, and excludes jax >= 0.12: with this extra pip takes an older jax.
 envs = ["gymnax>=1.0", "jaxmarl>=0.2", "six"]
 mujoco = ["gymnasium[mujoco]>=1.1"]
+# dm_control 1.0.50 asks MuJoCo 4 for what that no longer has. Meta-World 3.1 asks for one old version of MuJoCo.
+dm_control = ["dm_control", "shimmy[dm-control]", "mujoco<4"]
+metaworld = ["metaworld>=3.1"]
+brax = ["brax"]
+playground = ["playground"]
 offline = ["h5py", "minari"]
 cluster = ["submitit"]
 dev = ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff"]
@@ -19,7 +24,8 @@ setup(
         "matplotlib", "pillow", "tqdm", "wandb",
     ],
     extras_require=dict(
-        envs=envs, mujoco=mujoco, offline=offline, cluster=cluster, dev=dev,
+        envs=envs, mujoco=mujoco, dm_control=dm_control, metaworld=metaworld, brax=brax, playground=playground,
+        offline=offline, cluster=cluster, dev=dev,
         all=envs + mujoco + offline + cluster + dev,
     ),
 )

@@ -15,7 +15,7 @@ import numpy as np
 from core.errors import UserError
 from core.evaluation import by_team, cell, evaluate, score
 from launchers import cli
-from launchers.runs import drawable, figure, load, play
+from launchers.runs import drawable, figure, host_film, host_renderer, load, play, watch
 
 TEAMS = ("the first team", "the second team")
 
@@ -44,9 +44,11 @@ def evaluate_run(*, run: str, episodes: int = 100, eval_seed: int = 1_000_000, b
     cli.check_output("gif", gif, ".gif")
     cli.check_output("picture", picture, ".png", ".pdf")
     algorithm, config, arrays, meta = load(run, best)
-    name, settings = cli.eval_settings(config)
-    single = drawable(name, **settings) if gif else None  # before any episode is played
-    env, title = cli.eval_env(config, episodes), f"{config.algorithm} on {name}"
+    env_name, settings = cli.eval_settings(config)
+    on_host = env_name.startswith("gymnasium/")
+    if gif:  # before any episode is played
+        single = host_renderer(env_name, settings) if on_host else drawable(env_name, **settings)
+    env, title = cli.eval_env(config, episodes), f"{config.algorithm} on {env_name}"
     print(f"{title}, iteration {meta['iteration']}, {episodes} episodes a seed")
     if cross_play:
         other, other_config, other_arrays, _ = load(against or run, best)
@@ -82,8 +84,13 @@ def evaluate_run(*, run: str, episodes: int = 100, eval_seed: int = 1_000_000, b
         from core import render
 
         first = cli.moved(algorithm, jax.tree.map(lambda x: x[0], arrays), config)
-        states, reward, _ = play(algorithm, first, single, jax.random.fold_in(jax.random.key(eval_seed), meta["seed"]))
-        render.write_gif(gif, render.film(render.scenes(single, states), reward), fps=20)
+        key = jax.random.fold_in(jax.random.key(eval_seed), meta["seed"])
+        if on_host:
+            frames, _ = host_film(*watch(algorithm, first, env_name, settings, key), height=384)
+        else:
+            states, reward, _ = play(algorithm, first, single, key)
+            frames = render.film(render.scenes(single, states), reward)
+        render.write_gif(gif, frames, fps=20)
     return row
 
 

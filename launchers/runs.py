@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from PIL import Image
 
-from core import checkpoint, files
+from core import checkpoint, files, render
 from core.envs import Transition, ended, make_env
+from core.envs.from_gymnasium import draw_without_display
 from core.errors import UserError
 from core.logging import read_metrics
 from launchers import cli
@@ -133,6 +135,7 @@ def watch(algorithm, run, name, kwargs, key, steps=None):
 
 def host_renderer(name, kwargs):
     """The Gymnasium environment `name` in one copy, and its simulator, if that can make pictures here."""
+    draw_without_display()
     try:
         env = make_env(name, 1, **{**kwargs, "render_mode": "rgb_array"})
         simulator = env.spare[0].envs[0]  # which the first reset takes
@@ -143,9 +146,19 @@ def host_renderer(name, kwargs):
         raise
     except Exception as error:  # a missing pygame, OpenGL or display, each with an exception of its own
         words = " ".join(str(error).split())[:150]
-        hint = "; without a display, set MUJOCO_GL=egl or MUJOCO_GL=osmesa" if "gl" in words.lower() else ""
+        needs = "; without a screen, install libegl1 or libosmesa6, and leave MUJOCO_GL unset"
+        hint = needs if "gl" in words.lower() or "display" in words.lower() else ""
         raise UserError(f'environment "{name}" cannot be drawn here: {words}{hint}') from error
     return env, simulator
+
+
+def host_film(pictures, reward, height):
+    """Pictures [T, H, W, 3] scaled to `height`, the returns so far beside them; and the return."""
+    size = render.even(height * pictures.shape[2] / pictures.shape[1]), height
+    left = np.stack([np.asarray(Image.fromarray(picture).resize(size)) for picture in pictures])
+    square = render.Scene((0, 0), (1, 1), [])
+    right = render.film([square] * len(pictures), reward[:len(pictures) - 1], height)[:, :, render.even(height):]
+    return np.concatenate([left, right], axis=2), reward.sum()
 
 
 def drawable(name, **kwargs):

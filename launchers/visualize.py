@@ -15,14 +15,13 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from core import ekf, files, render
 from core.envs import make_env
 from core.errors import UserError
 from core.logging import read_metrics
 from launchers import cli
-from launchers.runs import drawable, figure, host_renderer, load, play, regret, watch
+from launchers.runs import drawable, figure, host_film, host_renderer, load, play, regret, watch
 
 WRITERS = {".gif": render.write_gif, ".mp4": render.write_mp4}
 
@@ -106,15 +105,6 @@ def save(out, frames, returns, fps):
     print(f"{out}: {len(frames)} frames, {pathlib.Path(out).stat().st_size / 1e3:.0f} kB; "
           f"returns {', '.join(str(np.round(x, 2)) for x in returns)}")
     return list(returns)
-
-
-def host_film(pictures, reward, height):
-    """Pictures [T, H, W, 3] scaled to `height`, the returns so far beside them; and the return."""
-    size = render.even(height * pictures.shape[2] / pictures.shape[1]), height
-    left = np.stack([np.asarray(Image.fromarray(picture).resize(size)) for picture in pictures])
-    square = render.Scene((0, 0), (1, 1), [])
-    right = render.film([square] * len(pictures), reward[:len(pictures) - 1], height)[:, :, render.even(height):]
-    return np.concatenate([left, right], axis=2), reward.sum()
 
 
 def one_camera(films):

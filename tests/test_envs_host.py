@@ -1,5 +1,7 @@
 """Environments on the host against their own physics, recounted episodes, and a simulator that echoes."""
 import functools
+import importlib.util
+import os
 import sys
 from types import SimpleNamespace
 
@@ -9,6 +11,7 @@ import ml_collections
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from PIL import Image
 
 from algorithms import ppo
 from core import checkpoint
@@ -26,11 +29,12 @@ gymnasium = pytest.importorskip("gymnasium")
 
 FILE, COSTS = "core/envs/from_gymnasium.py", "core/envs/mujoco_costs.py"
 CLI, EVALUATION = "launchers/cli.py", "core/evaluation.py"
-DEVICES, RECYCLED, DICT, FINITE, LINE, OWN, SUCCESS, NOISE, DATA = (
+DEVICES, RECYCLED, DICT, FINITE, LINE, OWN, SUCCESS, NOISE, DATA, LIMIT, SCREEN = (
     "test_seeds_on_two_devices_are_as_on_one", "test_simulators_of_keys_long_unused_are_taken_again",
     "test_a_dictionary_of_observations_keeps_its_parts", "test_a_number_that_is_not_finite_is_named",
     "test_a_simulation_that_diverges_ends_in_one_line", "test_an_error_of_a_simulator_keeps_its_traceback",
-    "test_an_episode_succeeds_once", "test_mujoco_s_deprecations_are_silent", "test_dictionaries_go_through_data_sets")
+    "test_an_episode_succeeds_once", "test_mujoco_s_deprecations_are_silent", "test_dictionaries_go_through_data_sets",
+    "test_the_time_limit_of_dm_control_is_known", "test_mujoco_draws_without_a_screen")
 LOST, AGAIN, SEEDS = (
     "test_episodes_lost_with_their_process_start_afresh", "test_a_call_that_is_repeated_gives_the_same_step",
     "test_seeds_under_vmap_are_simulated_as_alone")
@@ -70,7 +74,7 @@ PLANTED_ERRORS = {
                                             "return next(iter(self.simulators.values()))", SEEDS),
     "seeds share a key": (FILE, ".reset(key, 0, obs, i)", ".reset(keys[0], 0, obs, i)", SEEDS),
     "seeds share actions": (FILE, "self.to_host(row[:-3]", "self.to_host(words[0, :-3]", SEEDS),
-    "seeds fill in one row": (FILE, "at, episode = (seed, i),", "at, episode = (0, i),", SEEDS),
+    "seeds fill in one row": (FILE, "steps.reward[at], steps.term", "steps.reward[0, i], steps.term", SEEDS),
     "a device has the other one's simulators": (FILE, "self._of(key, len(keys)).reset", "self._of(i, 1).reset",
                                                 DEVICES),
     "simulators are never taken again": (FILE, "if len(self.simulators) >= max", "if False and max", RECYCLED),
@@ -107,6 +111,13 @@ PLANTED_ERRORS = {
     "everything reports success": (FILE, 'return "success" in info or "is_success" in info', "return True", SUCCESS),
     "success of the next episode": (EVALUATION, "had | alive & ts.info", "had | ts.info", SUCCESS),
     "success of the last copy": (EVALUATION, "had | alive & ts.info", "alive & ts.info", SUCCESS),
+    "no time limit of dm_control": (FILE, "int(theirs) if np.isfinite(theirs) else None", "None", LIMIT),
+    "dm_control's limit before ours": (FILE, "simulator.spec.max_episode_steps or (", "None or (", LIMIT),
+    "a screen is not looked for": (FILE, 'not os.environ.get("DISPLAY") and', "", SCREEN),
+    "what was chosen is lost": (FILE, 'os.environ.setdefault("MUJOCO_GL", library.lower())',
+                                'os.environ["MUJOCO_GL"] = library.lower()', SCREEN),
+    "films of hosts need our pictures": (
+        "launchers/evaluate.py", "host_renderer(env_name, settings) if on_host else drawable(", "drawable(", LINE),
     "MuJoCo's deprecations": (FILE, 'if "deprecated" not in text:', "if True:", NOISE),
     "MuJoCo's other warnings are lost": (FILE, 'if "deprecated" not in text:', "if False:", NOISE),
     "MuJoCo's warnings stay ours": (FILE, "mujoco.set_mju_user_warning(before)", "pass", NOISE),
@@ -519,10 +530,16 @@ class Diverges(gymnasium.Env):
     action_space, observation_space = gymnasium.spaces.Discrete(2), gymnasium.spaces.Box(0, 9, (2,))
     steps = 0
 
-    def __init__(self, fails=False):
-        self.fails = fails
+    metadata = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, fails=False, render_mode=None):
+        self.fails, self.render_mode = fails, render_mode
+
+    def render(self):
+        return np.full((20, 30, 3), 10 * self.steps, np.uint8)
 
     def reset(self, seed=None, options=None):
+        self.steps = 0 if seed is not None else self.steps
         return np.zeros(2), {}
 
     def step(self, action):
@@ -554,7 +571,10 @@ def test_a_simulation_that_diverges_ends_in_one_line(tmp_path, capfd):
         assert not any("Traceback" in line for line in said) and sum("error" in line for line in said) == 1
         newest = checkpoint.steps(tmp_path / "run" / "checkpoints")[-1]
         assert not list(tmp_path.rglob("*.partial")) and newest.stem == "step_000000000003"
-        assert evaluate_run(run=str(newest), episodes=2)["return"].tolist() == [5]
+        film = tmp_path / "film.gif"
+        assert evaluate_run(run=str(newest), episodes=2, gif=str(film))["return"].tolist() == [5]
+    with Image.open(film) as pictures:
+        assert pictures.n_frames == 5 and pictures.size == (576 + 256, 384)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -589,6 +609,62 @@ def test_mujoco_s_deprecations_are_silent(capfd, monkeypatch):
     with pytest.raises(UserError, match="made"):
         make_env("gymnasium/HalfCheetah-v5", 1)
     assert heard == ["unstable"] and capfd.readouterr().err == "MuJoCo: unstable\n"
+
+
+def test_the_time_limit_of_dm_control_is_known(echo):
+    """Gymnasium does not know it; a limit that was asked for goes before it."""
+    box = gymnasium.spaces.Box(-1, 1, (2,))
+
+    class Control(Echo):
+        def __init__(self, limit):
+            super().__init__(box)
+            self._env = SimpleNamespace(_step_limit=limit)
+
+    gymnasium.register("Control-v0", Control)
+    assert make_env("gymnasium/Control-v0", 1, limit=1000.0).max_steps == 1000
+    assert make_env("gymnasium/Control-v0", 1, limit=1000.0, max_episode_steps=7).max_steps == 7
+    with pytest.raises(UserError, match="has no time limit"):
+        make_env("gymnasium/Control-v0", 1, limit=np.inf)
+    del gymnasium.registry["Control-v0"]
+
+
+def test_mujoco_draws_without_a_screen(monkeypatch):
+    """By the first of two libraries that is here, unless somebody has chosen or there is a screen."""
+    found = {"OSMesa": "libOSMesa.so"}
+    monkeypatch.setattr(from_gymnasium.ctypes.util, "find_library", found.get)
+    monkeypatch.setattr(sys, "platform", "linux")
+
+    def chosen(**environment):
+        for name in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        from_gymnasium.draw_without_display()
+        return os.environ.get("MUJOCO_GL")
+
+    assert chosen() == "osmesa" and chosen(DISPLAY=":0") is None and chosen(WAYLAND_DISPLAY="0") is None
+    found["EGL"] = "libEGL.so"
+    assert chosen() == "egl" and chosen(MUJOCO_GL="glfw") == "glfw"
+    found.clear()
+    assert chosen() is None
+
+
+@pytest.mark.parametrize("name, kwargs", [("dm_control/cartpole-swingup-v0", {}),
+                                          ("Meta-World/MT1", dict(env_name="reach-v3", seed=1))])
+@pytest.mark.filterwarnings("ignore")
+def test_the_packages_themselves(name, kwargs, monkeypatch):
+    """Where they are installed: the key fixes the goal, the time limit is the package's."""
+    for package in from_gymnasium.PACKAGES[name.split("/")[0]]:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"no {package}")
+    env, other = (make_env(f"gymnasium/{name}", 2, **kwargs) for _ in range(2))
+    action = jnp.zeros((2, len(env.action_space.low)))
+    obs, ts, _ = play(jax.random.key(0), env, lambda t, obs: action, env.max_steps)
+    again = play(jax.random.key(0), other, lambda t, obs: action, env.max_steps)
+    jax.tree.map(np.testing.assert_array_equal, (obs, ts), again[:2])
+    assert ts.truncated[-1].all() and not ts.truncated[:-1].any() and not ts.terminated.any()
+    assert all(np.abs(x[0, 0] - x[0, 1]).max() > 1e-4 for x in jax.tree.leaves(obs))
+    assert env.max_steps in (500, 1000) and ("success" in ts.info["episode"]) == name.startswith("Meta")
 
 
 def test_ppo_runs_on_the_host_as_anywhere():

@@ -319,13 +319,13 @@ def test_a_host_environment_is_filmed_by_its_own_renderer(monkeypatch):
             self.state = 0
 
     class Host:
-        max_steps, simulators = 5, [type("Of", (), dict(envs=[Simulator()]))()]
+        max_steps, spare = 5, [type("Of", (), dict(envs=[Simulator()]))()]
 
         def reset(self, key):
             return 0, np.zeros((1, 1))
 
         def step(self, key, state, action):
-            self.simulators[0].envs[0].state = (state + 1) % 3
+            self.spare[0].envs[0].state = (state + 1) % 3
             end = np.array([state == 2])
             obs = np.full((1, 1), state + 1.0)
             return state + 1, TimeStep(obs, obs, np.array([1.0 + state]), end, ~end & False, {})

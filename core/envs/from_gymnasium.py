@@ -35,10 +35,12 @@ A planner finds in `env` what it finds in an environment of our own, where the c
 """
 import collections
 import contextlib
+import ctypes.util
 import difflib
 import functools
 import importlib.util
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -78,7 +80,7 @@ class HostBatch:
         self.spare, self.lock = [Simulators(self.make, num_envs)], threading.Lock()
         self.simulators = collections.OrderedDict()  # of each key of `reset`, the one used last at the end
         simulator = self.spare[0].envs[0]
-        self.max_steps = simulator.spec.max_episode_steps
+        self.max_steps = _time_limit(simulator)
         if self.max_steps is None:
             raise UserError(f'"gymnasium/{name}" has no time limit: set env_kwargs.max_episode_steps')
         self.action_space, self.to_host = _actions(name, simulator.action_space)
@@ -263,8 +265,10 @@ def _make(name, kwargs):
     except ImportError as error:
         raise UserError(f'"gymnasium/{name}" needs the extra `mujoco`: pip install -e ".[mujoco]"') from error
     _register(name)
+    spec = gymnasium.registry.get(name)
+    of_mujoco = name.split("/")[0] in PACKAGES or spec and str(spec.entry_point).startswith("gymnasium.envs.mujoco")
     try:
-        with _without_deprecations(gymnasium.registry.get(name)):
+        with without_deprecations() if of_mujoco else contextlib.nullcontext():
             return gymnasium.make(name, **kwargs, disable_env_checker=True)
     except gymnasium.error.UnregisteredEnv as error:
         close = difflib.get_close_matches(name, gymnasium.registry, n=1)
@@ -282,6 +286,8 @@ def _make(name, kwargs):
 def _register(name):
     """Import the packages of the environment, if it is one of those above."""
     packages = PACKAGES.get(name.split("/")[0], ())
+    if packages:
+        draw_without_display()  # dm_control asks for it at its import
     try:
         for package in packages:
             importlib.import_module(package)
@@ -290,15 +296,24 @@ def _register(name):
                         f'pip install -e ".[{packages[0]}]"') from error
 
 
+def draw_without_display():
+    """Have MuJoCo draw where there is no screen, with the library for it that is here. Who has said how, is heard."""
+    if sys.platform == "linux" and not os.environ.get("DISPLAY") and not os.environ.get("WAYLAND_DISPLAY"):
+        if library := next((name for name in ("EGL", "OSMesa") if ctypes.util.find_library(name)), None):
+            os.environ.setdefault("MUJOCO_GL", library.lower())
+
+
 @contextlib.contextmanager
-def _without_deprecations(spec):
-    """MuJoCo 4 warns at every load of Gymnasium's half cheetah that a word in its file is deprecated."""
-    if spec is None or not str(spec.entry_point).startswith("gymnasium.envs.mujoco") or (
-            importlib.util.find_spec("mujoco") is None):
+def without_deprecations():
+    """MuJoCo 4 warns at every load of a half cheetah that a word in the package's file is deprecated."""
+    if importlib.util.find_spec("mujoco") is None:
         yield
         return
-    import mujoco
-
+    try:
+        import mujoco
+    except Exception as error:  # OpenGL's own exceptions
+        raise UserError(f"MuJoCo cannot be loaded with MUJOCO_GL={os.environ.get('MUJOCO_GL')}, whose library is not "
+                        f"installed, it seems: {error}") from error
     before = mujoco.get_mju_user_warning()
 
     def warn(text):
@@ -323,6 +338,12 @@ def _cost(name, registered, kwargs):
                         ", with no settings but max_episode_steps")
 
     return unknown
+
+
+def _time_limit(simulator):
+    """In steps: the one that Gymnasium knows, else that of dm_control."""
+    theirs = getattr(getattr(simulator.unwrapped, "_env", None), "_step_limit", np.inf)
+    return simulator.spec.max_episode_steps or (int(theirs) if np.isfinite(theirs) else None)
 
 
 def _actions(name, space):
