@@ -47,7 +47,7 @@ def evaluate_run(*, run: str, episodes: int = 100, eval_seed: int = 1_000_000, b
     env_name, settings = cli.eval_settings(config)
     on_host = env_name.startswith("gymnasium/")
     if gif:  # before any episode is played
-        single = host_renderer(env_name, settings) if on_host else drawable(env_name, **settings)
+        single = host_renderer(env_name, settings)[1].close() if on_host else drawable(env_name, **settings)
     env, title = cli.eval_env(config, episodes), f"{config.algorithm} on {env_name}"
     print(f"{title}, iteration {meta['iteration']}, {episodes} episodes a seed")
     if cross_play:

@@ -130,11 +130,12 @@ def watch(algorithm, run, name, kwargs, key, steps=None):
         carry = observe(carry, Transition.of(obs, action, ts)) if observe else carry
         obs = ts.obs
         pictures.append(start.render())
+    start.close()  # while OpenGL is still there
     return np.stack(pictures), np.array(rewards)
 
 
 def host_renderer(name, kwargs):
-    """The Gymnasium environment `name` in one copy, and its simulator, if that can make pictures here."""
+    """The Gymnasium environment `name` in one copy, and its simulator, to be closed, if that makes pictures here."""
     draw_without_display()
     try:
         env = make_env(name, 1, **{**kwargs, "render_mode": "rgb_array"})

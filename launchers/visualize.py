@@ -73,7 +73,7 @@ def film(folder, out, seed_index, episodes, steps, settings, eval_seed, best, fp
     kwargs = {**kwargs, **dict(setting(text) for text in settings)}
     on_host = name.startswith("gymnasium/")
     try:
-        env = host_renderer(name, kwargs)[0] if on_host else drawable(name, **kwargs)
+        env = host_renderer(name, kwargs)[1].close() if on_host else drawable(name, **kwargs)
     except TypeError as error:
         raise UserError(f"--set={','.join(settings)}: {error}") from error
     run = jax.tree.map(lambda x: x[seed_index], run)

@@ -29,12 +29,13 @@ gymnasium = pytest.importorskip("gymnasium")
 
 FILE, COSTS = "core/envs/from_gymnasium.py", "core/envs/mujoco_costs.py"
 CLI, EVALUATION = "launchers/cli.py", "core/evaluation.py"
-DEVICES, RECYCLED, DICT, FINITE, LINE, OWN, SUCCESS, NOISE, DATA, LIMIT, SCREEN = (
+DEVICES, RECYCLED, DICT, FINITE, LINE, OWN, SUCCESS, NOISE, DATA, LIMIT, SCREEN, FIRST = (
     "test_seeds_on_two_devices_are_as_on_one", "test_simulators_of_keys_long_unused_are_taken_again",
     "test_a_dictionary_of_observations_keeps_its_parts", "test_a_number_that_is_not_finite_is_named",
     "test_a_simulation_that_diverges_ends_in_one_line", "test_an_error_of_a_simulator_keeps_its_traceback",
     "test_an_episode_succeeds_once", "test_mujoco_s_deprecations_are_silent", "test_dictionaries_go_through_data_sets",
-    "test_the_time_limit_of_dm_control_is_known", "test_mujoco_draws_without_a_screen")
+    "test_the_time_limit_of_dm_control_is_known", "test_mujoco_draws_without_a_screen",
+    "test_success_of_the_episode_that_is_played_counts_alone")
 LOST, AGAIN, SEEDS = (
     "test_episodes_lost_with_their_process_start_afresh", "test_a_call_that_is_repeated_gives_the_same_step",
     "test_seeds_under_vmap_are_simulated_as_alone")
@@ -60,7 +61,7 @@ PLANTED_ERRORS = {
     "actions mixed": (FILE, "env.step(actions[i])", "env.step(actions[-1 - i])"),
     "lost episodes go on": (FILE, "if (key, clock) == (self.key, self.clock):", "if self.key == key:", LOST),
     "lost episodes of another key go on": (FILE, "if (key, clock) == (self.key, self.clock):",
-                                           "if clock == self.clock:", LOST),
+                                           "if clock == self.clock:", RECYCLED),
     "lost episodes start as at first": (FILE, "self.reset(key, clock, steps.obs", "self.reset(key, 0, steps.obs", LOST),
     "lost episodes have no successor": (FILE, "np.copyto(new[seed], old[seed]), steps.next_obs", "None, steps.next_obs",
                                         LOST),
@@ -75,8 +76,8 @@ PLANTED_ERRORS = {
     "seeds share a key": (FILE, ".reset(key, 0, obs, i)", ".reset(keys[0], 0, obs, i)", SEEDS),
     "seeds share actions": (FILE, "self.to_host(row[:-3]", "self.to_host(words[0, :-3]", SEEDS),
     "seeds fill in one row": (FILE, "steps.reward[at], steps.term", "steps.reward[0, i], steps.term", SEEDS),
-    "a device has the other one's simulators": (FILE, "self._of(key, len(keys)).reset", "self._of(i, 1).reset",
-                                                DEVICES),
+    "simulators by the place in the call": (FILE, "self._of(tuple(row[-3:-1].tolist()), len(words))",
+                                            "[*self.simulators.values()][i]", DEVICES),
     "simulators are never taken again": (FILE, "if len(self.simulators) >= max", "if False and max", RECYCLED),
     "simulators in use are taken again": (FILE, "            self.simulators.move_to_end(key)\n", "", RECYCLED),
     "simulators of few keys are kept": (FILE, "max(KEYS_KEPT, 4 * num_seeds)", "1", RECYCLED),
@@ -109,15 +110,16 @@ PLANTED_ERRORS = {
     "one word for success": (FILE, 'info.get("success", info.get("is_success", False))', 'info.get("success", False)',
                              SUCCESS),
     "everything reports success": (FILE, 'return "success" in info or "is_success" in info', "return True", SUCCESS),
-    "success of the next episode": (EVALUATION, "had | alive & ts.info", "had | ts.info", SUCCESS),
-    "success of the last copy": (EVALUATION, "had | alive & ts.info", "alive & ts.info", SUCCESS),
+    "success of the next episode": (EVALUATION, "had | alive & ts.info", "had | ts.info", FIRST),
+    "success of the last copy alone": (EVALUATION, "had | alive & ts.info", "alive & ts.info", FIRST),
     "no time limit of dm_control": (FILE, "int(theirs) if np.isfinite(theirs) else None", "None", LIMIT),
     "dm_control's limit before ours": (FILE, "simulator.spec.max_episode_steps or (", "None or (", LIMIT),
     "a screen is not looked for": (FILE, 'not os.environ.get("DISPLAY") and', "", SCREEN),
     "what was chosen is lost": (FILE, 'os.environ.setdefault("MUJOCO_GL", library.lower())',
                                 'os.environ["MUJOCO_GL"] = library.lower()', SCREEN),
     "films of hosts need our pictures": (
-        "launchers/evaluate.py", "host_renderer(env_name, settings) if on_host else drawable(", "drawable(", LINE),
+        "launchers/evaluate.py", "host_renderer(env_name, settings)[1].close() if on_host else drawable(", "drawable(",
+        LINE),
     "MuJoCo's deprecations": (FILE, 'if "deprecated" not in text:', "if True:", NOISE),
     "MuJoCo's other warnings are lost": (FILE, 'if "deprecated" not in text:', "if False:", NOISE),
     "MuJoCo's warnings stay ours": (FILE, "mujoco.set_mju_user_warning(before)", "pass", NOISE),
@@ -382,17 +384,15 @@ class Reach(gymnasium.Env):
     def seen(self, when):
         image = np.full((2, 3), 250 + self.place, np.uint8)
         obs = dict(image=image, goal=self.goal, place=np.float64(self.place))
-        if self.spoilt in ("own error", when):
+        if self.spoilt == when:
             obs["goal"] = np.array([0, self.how])
         return obs
 
     def step(self, action):
         self.place += 1
-        if self.spoilt == "own error" and self.place == 3:
-            raise KeyError("nothing is reached")
         reward = self.how if self.spoilt == "reward" and self.place == 2 else self.place
         info = {self.word: float(self.place == 2 and action == 1)} if self.word else {}
-        return self.seen("middle" if self.place == 2 else "other"), reward, False, False, info
+        return self.seen({2: "middle", 4: "last"}.get(self.place, "other")), reward, False, False, info
 
 
 @pytest.fixture
@@ -472,20 +472,20 @@ def test_an_episode_succeeds_once(reach, word):
 
 
 def test_success_of_the_episode_that_is_played_counts_alone(monkeypatch):
-    """A copy whose episode ended early goes on, with success, while the other one still plays its first."""
+    """Copies whose episodes ended early go on, with success, while the first one still plays."""
     gymnasium.register("Early-v0", Early, max_episode_steps=9)
-    env = make_env("gymnasium/Early-v0", 2)
-    test = jax.jit(lambda key: evaluate(lambda carry, obs, key: (carry, jnp.int32([0, 1])), env, key))
+    env = make_env("gymnasium/Early-v0", 3)
+    test = jax.jit(lambda key: evaluate(lambda carry, obs, key: (carry, jnp.int32([0, 1, 2])), env, key))
     returns, length, success = test(jax.random.key(5))
     del gymnasium.registry["Early-v0"]
-    np.testing.assert_array_equal(length, [9, 2])
-    np.testing.assert_array_equal(success, [True, False])
+    np.testing.assert_array_equal(length, [9, 2, 2])
+    np.testing.assert_array_equal(success, [True, False, True])
 
 
 class Early(gymnasium.Env):
-    """Action 1 ends the episode in its second step; success comes in the first step of every other episode."""
+    """Actions but 0 end the episode in its second step; action 1 has no success in the first episode."""
 
-    action_space, observation_space = gymnasium.spaces.Discrete(2), gymnasium.spaces.Box(0, 9, (1,))
+    action_space, observation_space = gymnasium.spaces.Discrete(3), gymnasium.spaces.Box(0, 9, (1,))
     episodes = 0
 
     def reset(self, seed=None, options=None):
@@ -494,13 +494,14 @@ class Early(gymnasium.Env):
 
     def step(self, action):
         self.steps += 1
-        success = action == 0 or self.episodes > 1
-        return np.zeros(1), 0.0, action == 1 and self.steps == 2, False, {"success": success}
+        success = action != 1 or self.episodes > 1
+        return np.zeros(1), 0.0, action > 0 and self.steps == 2, False, {"success": success}
 
 
 @pytest.mark.parametrize("spoilt, how, words", [
     ("first", np.nan, r'nan in the observation "goal" at \[1\], in step 0 of a seed, copy 0'),
     ("middle", -np.inf, r'-inf in the observation "goal" at \[1\], in step 2 of a seed, copy 0'),
+    ("last", np.nan, r'nan in the observation "goal" at \[1\], in step 4 of a seed, copy 0'),
     ("reward", np.nan, "nan in the reward, in step 2 of a seed, copy 0"),
     ("late", np.inf, r'inf in the observation "goal" at \[1\], in step 4 of a seed, copy 1')])
 def test_a_number_that_is_not_finite_is_named(reach, spoilt, how, words, monkeypatch):

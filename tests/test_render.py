@@ -309,6 +309,8 @@ def test_a_host_environment_is_filmed_by_its_own_renderer(monkeypatch):
     pytest.importorskip("gymnasium")
     from launchers import runs, visualize
 
+    closed = []
+
     class Simulator:
         state = 0
 
@@ -317,6 +319,9 @@ def test_a_host_environment_is_filmed_by_its_own_renderer(monkeypatch):
 
         def reset(self, seed):
             self.state = 0
+
+        def close(self):
+            closed.append(self.state)
 
     class Host:
         max_steps, spare = 5, [type("Of", (), dict(envs=[Simulator()]))()]
@@ -338,6 +343,7 @@ def test_a_host_environment_is_filmed_by_its_own_renderer(monkeypatch):
     monkeypatch.setattr(runs, "make_env", lambda name, num_envs, **kwargs: Host())
     pictures, reward = runs.watch(Algorithm, None, "gymnasium/x", {}, jax.random.key(0))
     assert pictures[:, 0, 0, 0].tolist() == [0, 50, 100] and reward.tolist() == [1.0, 2.0, 3.0]
+    assert closed == [0]  # the state after the end
     frames, total = visualize.host_film(pictures, reward, 100)
     assert frames.shape == (3, 100, 150 + 256, 3) and total == 6.0 and frames[2, 50, 70].tolist() == [100] * 3
     monkeypatch.setattr(Simulator, "render", lambda self: None)
