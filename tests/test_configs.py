@@ -31,17 +31,29 @@ PLANTED_ERRORS = {
 
 SMALL = dict(num_steps=8, num_epochs=1, num_updates=2, random_steps=8, horizon=3, kept_elites=2, num_linearizations=1)
 SMALL_PLANNER = dict(num_samples=8, num_elites=4, num_iterations=1)
-TIME_LIMIT = {"gymnax": "max_steps_in_episode", "jaxmarl": "max_steps", "gymnasium": "max_episode_steps"}
+TIME_LIMIT = {"gymnax": "max_steps_in_episode", "jaxmarl": "max_steps", "gymnasium": "max_episode_steps",
+              "brax": "episode_length", "playground": "episode_length"}
+PACKAGES = {"gymnasium/dm_control/": "shimmy", "gymnasium/": "mujoco", "jaxmarl/": "jaxmarl", "brax/": "brax",
+            "playground/": "mujoco_playground"}  # the first that fits
 
 
 def names(folder):
     return sorted(path.stem for path in (ROOT / folder).glob("*.py") if path.stem != "__init__")
 
 
+def load_config(name, folder="configs"):
+    return importlib.import_module(f"{folder}.{name}").get_config()
+
+
+def missing(config):
+    """The package of its environment, if that is not installed."""
+    package = next((package for source, package in PACKAGES.items() if config.env.startswith(source)), None)
+    return package if package and importlib.util.find_spec(package) is None else None
+
+
 def get_config(name, folder="configs"):
-    config = importlib.import_module(f"{folder}.{name}").get_config()
-    package = dict(gymnasium="mujoco", jaxmarl="jaxmarl").get(config.env.split("/")[0])
-    if package and importlib.util.find_spec(package) is None:
+    config = load_config(name, folder)
+    if package := missing(config):
         pytest.skip(f"no {package}")
     return config
 
@@ -95,7 +107,7 @@ def is_child(name):
     pytest.param(name, marks=pytest.mark.slow) if is_child(name) else name for name in ALGORITHMS])
 def test_an_algorithm_trains_resumes_and_is_evaluated(name, tmp_path, monkeypatch):
     """By its first config; a child has the hooks of its parent. Start and resume share their programs."""
-    configs = [config for other in CONFIGS if (config := get_config(other)).algorithm == name]
+    configs = [config for other in CONFIGS if (config := load_config(other)).algorithm == name and not missing(config)]
     config = (configs or [get_config(name, "algorithms")])[0]
     if "dataset" in config:
         pytest.skip("it only fits a model")
