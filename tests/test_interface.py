@@ -10,8 +10,9 @@ from core.evaluation import evaluate
 BATCH, COUNTS = "core/envs/batch.py", "test_a_batch_counts_each_episode_and_starts_it_anew"
 INTERFACE = "core/envs/interface.py"
 PLANTED_ERRORS = {
-    "lengths go on": (BATCH, "where(done, 0, length))", "length)", COUNTS),
-    "lengths start with the end": (BATCH, "where(done, 0, length))", "where(done, length, 0))", COUNTS),
+    "lengths go on": (BATCH, "where(done, 0, length), success)", "length, success)", COUNTS),
+    "lengths start with the end": (BATCH, "where(done, 0, length), success)", "where(done, length, 0), success)",
+                                   COUNTS),
     "returns go on": (BATCH, "where(done, 0.0, total),", "total,", COUNTS),
     "the running return is told": (BATCH, '"return": where(done, total, 0.0)', '"return": total', COUNTS),
     "the reward of the end is lost": (BATCH, "env_state.episode_return + step.reward",

@@ -23,7 +23,8 @@ class Base:
 
 
 class Slide(Base):
-    """x' = x + push · a; it falls off where x > 1. The reward is a bare 1, and a fall is called a time-out, too."""
+    """x' = x + push · a; it falls off where x > 1. The reward is a bare 1, `done` changes its type, and a fall is called a
+    time-out, too."""
 
     action_size = 2
 
@@ -39,7 +40,7 @@ class Slide(Base):
 
     def step(self, state, action):
         x = state.pipeline_state + self.push * action.sum()
-        done = jnp.where(x > 1.0, 1.0, 0.0)
+        done = x > 1.0
         state.metrics.update(place=x)
         return state.replace(pipeline_state=x, obs=self.see(x), reward=1.0, done=done,
                              info=state.info | {"time_out": done})
