@@ -366,6 +366,8 @@ def read_dataset(path, env):
 def teams_of(config):
     """The number of each agent's team, where the evaluation environment has several agents that say so."""
     name, settings = eval_settings(config)
+    if name.startswith("gymnasium/"):  # of one agent, and a simulator may take seconds to make
+        return None
     return getattr(make_env(name, 1, **settings).env, "teams", None)
 
 
