@@ -2,6 +2,7 @@
 
 Minari stores T + 1 observations of an episode of T steps, Monograph the obs and next_obs of every step.
 """
+import inspect
 import warnings
 from typing import Any
 
@@ -33,10 +34,12 @@ def write(name: str, data: dict[str, Any], action_space: Any) -> None:
             id=len(buffers), observations=obs, actions=own["action"],
             rewards=own["reward"], terminations=own["terminated"], truncations=own["truncated"], infos={}))
         begin = end
+    create = minari.create_dataset_from_buffers
+    # By default images become JPEG files, which are not what was seen.
+    exact = {"jpeg_encoding": False} if "jpeg_encoding" in inspect.signature(create).parameters else {}
     with warnings.catch_warnings(action="ignore"):  # about authors and e-mail addresses
-        minari.create_dataset_from_buffers(
-            name, buffers, observation_space=space(data["obs"]),
-            action_space=spaces.Discrete(action_space.n) if discrete else space(data["action"]))
+        create(name, buffers, observation_space=space(data["obs"]),
+               action_space=spaces.Discrete(action_space.n) if discrete else space(data["action"]), **exact)
 
 
 def read(name: str) -> dict[str, Any]:

@@ -74,6 +74,8 @@ PLANTED_ERRORS = {
                                      "test_minari_gives_back_what_was_put_into_it"),
     "one step less in Minari": ("core/minari.py", "lambda x: x[1:], e.observations", "lambda x: x[:-1], e.observations",
                                 "test_minari_gives_back_what_was_put_into_it"),
+    "images lose details in Minari": ("core/minari.py", '{"jpeg_encoding": False}', '{"jpeg_encoding": True}',
+                                      "test_minari_gives_back_what_was_put_into_it"),
     "an image is no number in Minari": ("core/minari.py", 'if tree.dtype.kind == "f" else np.iinfo(tree.dtype)', "",
                                         "test_minari_gives_back_what_was_put_into_it"),
     "Minari is needed": ("core/minari.py", "except ImportError", "except KeyError",
