@@ -22,8 +22,9 @@ def write(name: str, data: dict[str, Any], action_space: Any) -> None:
     def space(tree):
         if isinstance(tree, dict):
             return spaces.Dict({name: space(leaf) for name, leaf in tree.items()})
-        limits = np.finfo(tree.dtype) if tree.dtype.kind == "f" else np.iinfo(tree.dtype)
-        return spaces.Box(limits.min, limits.max, tree.shape[1:], tree.dtype)
+        if tree.dtype.kind == "f":
+            return spaces.Box(-np.inf, np.inf, tree.shape[1:], tree.dtype)
+        return spaces.Box(np.iinfo(tree.dtype).min, np.iinfo(tree.dtype).max, tree.shape[1:], tree.dtype)
 
     data, begin, buffers = jax.tree.map(np.asarray, data), 0, []
     discrete = isinstance(action_space, Discrete)

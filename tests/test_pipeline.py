@@ -76,8 +76,8 @@ PLANTED_ERRORS = {
                                 "test_minari_gives_back_what_was_put_into_it"),
     "images lose details in Minari": ("core/minari.py", '{"jpeg_encoding": False}', '{"jpeg_encoding": True}',
                                       "test_minari_gives_back_what_was_put_into_it"),
-    "an image is no number in Minari": ("core/minari.py", 'if tree.dtype.kind == "f" else np.iinfo(tree.dtype)', "",
-                                        "test_minari_gives_back_what_was_put_into_it"),
+    "images are numbers with a comma in Minari": ("core/minari.py", 'if tree.dtype.kind == "f":', "if True:",
+                                                  "test_minari_gives_back_what_was_put_into_it"),
     "Minari is needed": ("core/minari.py", "except ImportError", "except KeyError",
                          "test_without_minari_its_extra_is_named"),
 }
