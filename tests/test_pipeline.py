@@ -356,6 +356,9 @@ def test_minari_gives_back_what_was_put_into_it(package, tmp_path, monkeypatch):
             ("test/dict-v0", transitions() | parts(obs=0, next_obs=1), Box((-1.0,), (1.0,)))):
         minari.write(name, data, space)
         jax.tree.map(np.testing.assert_array_equal, minari.read(name), data)
+    if package == "minari":
+        spaces = minari.package().load_dataset("test/dict-v0").observation_space
+        assert {(x.low.min(), x.high.max()) for x in spaces.values()} == {(0, 255), (-np.inf, np.inf)}
     for culprit, function in (("already", minari.require_free), ("test/no-v0", lambda _: minari.read("test/no-v0")),
                               ("no name", lambda _: minari.read("no name"))):
         with pytest.raises(UserError, match=culprit):
