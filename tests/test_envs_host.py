@@ -29,13 +29,13 @@ gymnasium = pytest.importorskip("gymnasium")
 
 FILE, COSTS = "core/envs/from_gymnasium.py", "core/envs/mujoco_costs.py"
 CLI, EVALUATION = "launchers/cli.py", "core/evaluation.py"
-DEVICES, RECYCLED, DICT, FINITE, LINE, OWN, SUCCESS, NOISE, DATA, LIMIT, SCREEN, FIRST = (
+DEVICES, RECYCLED, DICT, FINITE, LINE, OWN, SUCCESS, NOISE, DATA, LIMIT, SCREEN, FIRST, DRAWN = (
     "test_seeds_on_two_devices_are_as_on_one", "test_simulators_of_keys_long_unused_are_taken_again",
     "test_a_dictionary_of_observations_keeps_its_parts", "test_a_number_that_is_not_finite_is_named",
     "test_a_simulation_that_diverges_ends_in_one_line", "test_an_error_of_a_simulator_keeps_its_traceback",
     "test_an_episode_succeeds_once", "test_mujoco_s_deprecations_are_silent", "test_dictionaries_go_through_data_sets",
     "test_the_time_limit_of_dm_control_is_known", "test_mujoco_draws_without_a_screen",
-    "test_success_of_the_episode_that_is_played_counts_alone")
+    "test_success_of_the_episode_that_is_played_counts_alone", "test_the_key_fixes_what_is_drawn_before_the_seed")
 LOST, AGAIN, SEEDS = (
     "test_episodes_lost_with_their_process_start_afresh", "test_a_call_that_is_repeated_gives_the_same_step",
     "test_seeds_under_vmap_are_simulated_as_alone")
@@ -112,6 +112,8 @@ PLANTED_ERRORS = {
     "everything reports success": (FILE, 'return "success" in info or "is_success" in info', "return True", SUCCESS),
     "success of the next episode": (EVALUATION, "had | alive & ts.info", "had | ts.info", FIRST),
     "success of the last copy alone": (EVALUATION, "had | alive & ts.info", "alive & ts.info", FIRST),
+    "goals of Meta-World by chance": (FILE, 'if env.spec.namespace == "Meta-World":', "if False:", DRAWN),
+    "packages are loud": (FILE, 'name.split("/")[0] in PACKAGES or spec', "spec", DRAWN),
     "no time limit of dm_control": (FILE, "int(theirs) if np.isfinite(theirs) else None", "None", LIMIT),
     "dm_control's limit before ours": (FILE, "simulator.spec.max_episode_steps or (", "None or (", LIMIT),
     "a screen is not looked for": (FILE, 'not os.environ.get("DISPLAY") and', "", SCREEN),
@@ -610,6 +612,39 @@ def test_mujoco_s_deprecations_are_silent(capfd, monkeypatch):
     with pytest.raises(UserError, match="made"):
         make_env("gymnasium/HalfCheetah-v5", 1)
     assert heard == ["unstable"] and capfd.readouterr().err == "MuJoCo: unstable\n"
+
+
+class Draws(Reach):
+    """It draws the goal of an episode before it takes the seed, as Meta-World does, and MuJoCo warns at its start."""
+
+    def __init__(self):
+        super().__init__()
+        if "mujoco" in sys.modules and (warn := sys.modules["mujoco"].get_mju_user_warning()):
+            warn("deprecated and loud")
+
+    def reset(self, seed=None, options=None):
+        goal = self.np_random.uniform(1, 4, 2)
+        obs, info = super().reset(seed=seed)
+        self.goal = goal
+        return obs | dict(goal=goal), info
+
+
+def test_the_key_fixes_what_is_drawn_before_the_seed(monkeypatch, capfd):
+    """Names that begin with a package's import it, and are as silent as its other environments."""
+    monkeypatch.setitem(sys.modules, "metaworld", SimpleNamespace())
+    gymnasium.register("Meta-World/Draws-v0", Draws, max_episode_steps=4)
+    gymnasium.register("Draws-v0", Draws, max_episode_steps=4)
+    mujoco = pytest.importorskip("mujoco")
+    mujoco.set_mju_user_warning(print)
+    try:
+        goals = [jax.device_get(jax.jit(make_env(f"gymnasium/{name}", 2).reset)(jax.random.key(0))[1]["goal"])
+                 for name in ("Meta-World/Draws-v0", "Meta-World/Draws-v0", "Draws-v0")]
+    finally:
+        mujoco.set_mju_user_warning(None)
+        del gymnasium.registry["Meta-World/Draws-v0"], gymnasium.registry["Draws-v0"]
+    np.testing.assert_array_equal(goals[0], goals[1])
+    assert (goals[0] != goals[2]).any() and len(np.unique(goals[0])) == 4
+    assert capfd.readouterr().out == 2 * "deprecated and loud\n"  # of the one that is no package's
 
 
 def test_the_time_limit_of_dm_control_is_known(echo):
