@@ -23,8 +23,8 @@ class Base:
 
 
 class Slide(Base):
-    """x' = x + push · a; it falls off where x > 1. The reward is a bare 1, `done` changes its type, and a fall is called
-    a time-out, too."""
+    """x' = x + push · a; it falls off where x > 1. The reward is a bare 1, `done` changes its type, and a fall is
+    called a time-out, too."""
 
     action_size = 2
 
