@@ -1,10 +1,10 @@
 """Soft Actor-Critic with a learnt temperature (Haarnoja et al., 2018b, arXiv:1812.05905).
 
-    y    = r + γ (1 − terminated) [min_i Q̄_i(s', a') − α log π(a'|s')],   a' ~ π(·|s')         critic_loss       (Eq. 3)
-    L_Q  = Σ_i ½ E[(Q_i(s, a) − y)²]                                     i = 1, 2              critic_loss       (Eq. 5)
+    y    = r + γ (1 − terminated) [min_i Q̄_i(s', a') − α log π(a'|s')],   a' ~ π(·|s')         critic_loss      (Eq. 3)
+    L_Q  = Σ_i ½ E[(Q_i(s, a) − y)²]                                     i = 1, 2              critic_loss      (Eq. 5)
     Q̄_i <- τ Q_i + (1 − τ) Q̄_i                                                                 update
-    L_π  = E[α log π(ã|s) − min_i Q_i(s, ã)],   ã = tanh(μ(s) + σ(s) ε),  ε ~ N(0, I)          actor_loss        (Eq. 9)
-    L_α  = α E[−log π(ã|s) − H̄],   H̄ = target_entropy · dim(A)                                 temperature_loss  (Eq. 18)
+    L_π  = E[α log π(ã|s) − min_i Q_i(s, ã)],   ã = tanh(μ(s) + σ(s) ε),  ε ~ N(0, I)          actor_loss       (Eq. 9)
+    L_α  = α E[−log π(ã|s) − H̄],   H̄ = target_entropy · dim(A)                                 temperature_loss (Eq. 18)
 
     π actor, Q critic, Q̄ target critic, α temperature; E the mean over a minibatch of (s, a, r, s', terminated), drawn
     with replacement from the buffer. a, a', ã lie in (−1, 1)^A; the environment gets them stretched to its box.
@@ -19,7 +19,7 @@ other end the target is r. The next episode starts by itself.
 Random: first weights (agent_key), start states (reset_key, env_key), random actions and those of π (act_key),
 minibatches (sample_key), a' (critic_key), ã (actor_key).
 Departures: the old critic's file of the authors moves Q̄ before the step on L_Q, here it follows; log σ is clipped; L_α
-is a function of log α; weights start orthogonal (√2, last layers 1). Adam on one flat vector is Adam.
+is a function of log α; weights start orthogonal (√2, last layers 1).
 Kept: `Run`: agent (networks, optimisers, target critic, log α), buffer, environments and their observations, clock. A
 checkpoint is `Run`, with the buffer in it.
 Decides: updates_per_step; the scale of the reward, against which α is found by itself; discount.
@@ -38,10 +38,10 @@ from flax import linen as nn
 from flax import struct
 
 from core.clock import Clock
-from core.config import count, fraction, positive, rising, whole
+from core.config import count, fraction, number, positive, rising, whole
 from core.dataset import ReplayBuffer
 from core.envs import Box, require
-from core.networks import MLP, TanhNormal, ensemblize
+from core.networks import MLP, TanhNormal, ensemblize, flat
 from core.train_state import TrainState
 
 
@@ -63,7 +63,7 @@ def get_config():
         discount=fraction(0.99),  # γ
         tau=fraction(0.005),  # τ
         init_temperature=positive(1.0),  # α at the start
-        target_entropy=-1.0,  # H̄ of one dimension of the action
+        target_entropy=number(-1.0),  # H̄ of one dimension of the action
         log_std_bounds=rising((-10.0, 2.0)),
     ))
 
@@ -74,8 +74,8 @@ class Actor(nn.Module):
     log_std_bounds: tuple[float, float]
 
     @nn.compact
-    def __call__(self, obs):  # (B, O) -> distribution over (B, A)
-        mean, log_std = jnp.split(MLP((*self.hidden_dims, 2 * self.action_dim))(obs), 2, axis=-1)
+    def __call__(self, obs):  # (B, ...) -> distribution over (B, A)
+        mean, log_std = jnp.split(MLP((*self.hidden_dims, 2 * self.action_dim))(flat(obs)), 2, axis=-1)
         return TanhNormal(mean, jnp.clip(log_std, *self.log_std_bounds))
 
 
@@ -83,8 +83,8 @@ class Critic(nn.Module):
     hidden_dims: tuple[int, ...]
 
     @nn.compact
-    def __call__(self, obs, action):  # (B, O), (B, A) -> (2, B)
-        return ensemblize(MLP, 2)((*self.hidden_dims, 1))(jnp.concatenate([obs, action], axis=-1)).squeeze(-1)
+    def __call__(self, obs, action):  # (B, ...), (B, A) -> (2, B)
+        return ensemblize(MLP, 2)((*self.hidden_dims, 1))(flat((obs, action))).squeeze(-1)
 
 
 class Temperature(nn.Module):
@@ -106,9 +106,9 @@ class Agent(struct.PyTreeNode):
     @classmethod
     def create(cls, key, obs, action_space, config):
         actor_key, critic_key, temperature_key = jax.random.split(key, 3)
-        action = jnp.zeros((len(obs), *action_space.shape))
+        action = jnp.zeros((config.num_envs, *action_space.shape))
         actor = Actor(action.shape[-1], config.hidden_dims, config.log_std_bounds)
-        tx = optax.flatten(optax.adam(config.lr))  # one vector: a step takes less time than on many arrays
+        tx = optax.adam(config.lr)
         critic = TrainState.create(Critic(config.hidden_dims), critic_key, obs, action, tx=tx)
         return cls(TrainState.create(actor, actor_key, obs, tx=tx), critic, critic.target(),
                    TrainState.create(Temperature(config.init_temperature), temperature_key, tx=tx),
@@ -147,7 +147,7 @@ class Run(NamedTuple):
     agent: Agent
     buffer: ReplayBuffer  # obs, action in (−1, 1), reward, next_obs, terminated
     env_state: Any
-    obs: jax.Array  # (E, O)
+    obs: Any  # (E, ...), or a dictionary of such
     clock: Clock
 
 
@@ -156,9 +156,8 @@ def init(key, source, config):
     agent_key, reset_key, play_key = jax.random.split(key, 3)
     env_state, obs = source.reset(reset_key)
     agent = Agent.create(agent_key, obs, source.action_space, config)
-    zero = jnp.zeros(())
-    example = dict(obs=obs[0], action=jnp.zeros(source.action_space.shape), reward=zero, next_obs=obs[0],
-                   terminated=zero)
+    one, zero = jax.tree.map(lambda x: x[0], obs), jnp.zeros(())
+    example = dict(obs=one, action=jnp.zeros(source.action_space.shape), reward=zero, next_obs=one, terminated=zero)
     run = Run(agent, ReplayBuffer.create(example, config.buffer_size), env_state, obs, Clock.start())
 
     def explore(run, key):

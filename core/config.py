@@ -29,6 +29,10 @@ def whole(value):
     return Checked(value, "an integer from 0 on", lambda x: type(x) is int and x >= 0)
 
 
+def number(value):
+    return Checked(value, "a number", lambda x: True)
+
+
 def positive(value):
     return Checked(value, "a number above 0", lambda x: x > 0)
 

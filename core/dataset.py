@@ -143,8 +143,15 @@ class ReplayBuffer(struct.PyTreeNode):
         """Append leaves [n, ...], oldest first; of more than fit only the last remain."""
         n = jax.tree.leaves(batch)[0].shape[0]
         kept = min(n, self.capacity)
-        index = (self.pos + jnp.arange(n - kept, n)) % self.capacity
-        data = jax.tree.map(lambda old, new: old.at[index].set(new[n - kept:], unique_indices=True), self.data, batch)
+        # One row more, which lands outside and is dropped. XLA takes the write of a single row for a cheap operation,
+        # does it again inside whatever reads the buffer, and so has to copy the whole buffer before.
+        index = jnp.append((self.pos + jnp.arange(n - kept, n)) % self.capacity, self.capacity)
+
+        def write(old, new):
+            rows = jnp.concatenate([new[n - kept:], new[-1:]])
+            return old.at[index].set(rows, mode="drop", unique_indices=True)
+
+        data = jax.tree.map(write, self.data, batch)
         return ReplayBuffer(data, (self.pos + n) % self.capacity, jnp.minimum(self.size + n, self.capacity))
 
     def sample(self, key: jax.Array, batch_size: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Networks that three or more algorithms share."""
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +40,15 @@ class MLP(nn.Module):
         return x
 
 
-def ensemblize(module: type[nn.Module], n: int) -> Callable[..., nn.Module]:
-    """n independent copies of `module` on the same input, outputs stacked on axis 0."""
-    return nn.vmap(module, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=n)
+def ensemblize(module: type[nn.Module], n: int, in_axes: Any = None) -> Callable[..., nn.Module]:
+    """n independent copies of `module`, outputs stacked on axis 0. By default all get the same input; `in_axes` says of
+    each argument which axis is that of the copies, as in `jax.vmap`."""
+    return nn.vmap(module, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=in_axes, axis_size=n)
+
+
+def flat(obs: Any) -> jax.Array:
+    """[B, ...], or a dictionary of such -> [B, O]."""
+    return jnp.concatenate([x.reshape(len(x), -1) for x in jax.tree.leaves(obs)], axis=-1)
 
 
 class TanhNormal(NamedTuple):

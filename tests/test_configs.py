@@ -29,7 +29,8 @@ PLANTED_ERRORS = {
         "test_an_algorithm_trains_resumes_and_is_evaluated[ppo]"),
 }
 
-SMALL = dict(num_steps=8, num_epochs=1, num_updates=2, random_steps=8, horizon=3, kept_elites=2, num_linearizations=1)
+SMALL = dict(num_steps=8, num_epochs=1, num_updates=2, random_steps=8, horizon=3, kept_elites=2, num_linearizations=1,
+             buffer_size=64, batch_size=8)
 SMALL_PLANNER = dict(num_samples=8, num_elites=4, num_iterations=1)
 TIME_LIMIT = {"gymnax": "max_steps_in_episode", "jaxmarl": "max_steps", "gymnasium": "max_episode_steps",
               "brax": "episode_length", "playground": "episode_length"}
@@ -70,8 +71,8 @@ def small(config):
     the one iteration of a search: to compile takes most of the time here."""
     shrink(config, SMALL)
     shrink(config.get("planner", {}), SMALL_PLANNER)
-    if "hidden_dims" in config:
-        config.hidden_dims = (8,) * len(config.hidden_dims)
+    for dims in {"hidden_dims", "critic_dims"}.intersection(config):
+        config[dims] = (8,) * len(config[dims])
     config.eval_episodes = 2
     limit = TIME_LIMIT[config.env.split("/")[0]] if "/" in config.env else "max_steps"
     with config.unlocked():
