@@ -88,7 +88,7 @@ def evaluate(jaxpr, consts, args):
             index, *args = args
             outs = [lax.select_n(index, *cases) for cases in zip(
                 *(call(branch, args) for branch in params["branches"]), strict=True)]
-        elif inner:  # jit, custom derivatives, custom_vmap, remat
+        elif inner and not name.startswith("scatter"):  # jit, custom derivatives, custom_vmap, remat
             outs = call(inner[0], args)
         else:
             outs = eqn.primitive.bind(*args, **params)

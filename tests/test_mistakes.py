@@ -25,6 +25,7 @@ from launchers.train import train
 
 ROOT = pathlib.Path(__file__).parents[1]
 PPO, PETS, EKF = (f"--config=algorithms/{name}.py" for name in ("ppo", "pets", "ekf_lqr"))
+SAC, CROSSQ, PQN = (f"--config=algorithms/{name}.py" for name in ("sac", "crossq", "pqn"))
 POLE, TRACKING, OFFLINE = "--config=configs/icem_online_longer_pole.py", "--config=algorithms/ippo.py", (
     "--config=algorithms/dynamics.py")
 
@@ -47,6 +48,13 @@ NUMBERS = {  # of every config, and what it may not be
                                      "env_kwargs.reveal": (3,), "env_kwargs.jump_by": ("(('mass',1.0),)", 5)}),
     POLE: dict(belief=("half",), adapt=("none",), lora_rank=(0,), forgetting=(0, -1), noise_rate=(-1, 2), hidden_dims=(
         "(-1,)",), prior_var=("nan",)),
+    SAC: dict(batch_size=(0,), buffer_size=(0,), updates_per_step=(0,), tau=(-0.1, 1.1), lr=(0,), discount=(1.01,),
+              init_temperature=(0, -1), log_std_bounds=("(2,-10)",), random_steps=(-1,), hidden_dims=("(0,)",),
+              target_entropy=("nan", "high")),
+    CROSSQ: dict(policy_delay=(0,), adam_b1=(1.2,), norm_momentum=(-0.1,), renorm_after=(-1,), r_max=(0,), d_max=(0,),
+                 critic_dims=("(2.5,)",)),
+    PQN: dict(init_epsilon=(1.1,), final_epsilon=(-0.1,), epsilon_steps=(-1,), trace=(1.5,), channels=(-1,),
+              reward_scale=(0,), num_minibatches=(7,)),
 }
 CULPRITS = {"env_steps=10": "no iteration"}
 TYPED = """
@@ -96,6 +104,13 @@ train $EKF --config.env=linear_tracking                                     | ga
 train $EKF --config.env_kwargs.procces_noise=0.1                            | process_noise
 train $EKF --config.planner.num_sampels=3                                   | num_sampels
 train $EKF --config.planner=3                                               | planner
+train $SAC --config.env=gymnax/CartPole-v1                                  | discrete actions
+train $SAC --config.env=pursuit_evasion                                     | several agents
+train $SAC --config.random_steps=20000                                      | no iteration
+train $CROSSQ --config.env=gymnax/CartPole-v1                               | discrete actions
+train $PQN --config.env=gymnax/Pendulum-v1                                  | continuous actions
+train $PQN --config.env=gymnax/Breakout-MinAtar                             | channels
+train $PQN --config.channels=4                                              | channels
 train $POLE --config.env=gymnax/CartPole-v1                                 | "jump_by"
 train $POLE --config.num_steps=2                                            | num_steps
 train $POLE --config.pretrained=$SCRATCH/nothing.npz                        | nothing.npz
@@ -294,7 +309,8 @@ def rows():
             for value in values:
                 typed = f"{key}={value}"
                 yield "train", [config, f"--config.{typed}"], CULPRITS.get(typed, key.rpartition(".")[2])
-    names = dict(PPO=PPO, PETS=PETS, EKF=EKF, POLE=POLE, TRACKING=TRACKING, OFFLINE=OFFLINE)
+    names = dict(PPO=PPO, PETS=PETS, EKF=EKF, SAC=SAC, CROSSQ=CROSSQ, PQN=PQN, POLE=POLE, TRACKING=TRACKING,
+                 OFFLINE=OFFLINE)
     for line in TYPED.strip().splitlines():
         words, culprit = line.split(" | ")
         for name, value in names.items():
