@@ -149,7 +149,7 @@ class ReplayBuffer(struct.PyTreeNode):
 
         def write(old, new):
             rows = jnp.concatenate([new[n - kept:], new[-1:]])
-            return old.at[index].set(rows, mode="drop", unique_indices=True)
+            return old.at[index].set(rows, unique_indices=True)
 
         data = jax.tree.map(write, self.data, batch)
         return ReplayBuffer(data, (self.pos + n) % self.capacity, jnp.minimum(self.size + n, self.capacity))

@@ -26,9 +26,8 @@ EQUIVALENT = {
      "value_loss = 0.5 * jnp.maximum(jnp.square(value - jax.lax.stop_gradient(target)), "
      "jnp.square(clipped_value - target)).mean()"):
         "a target is data: it has no gradient",
-    ("core/dataset.py", "ReplayBuffer.add",
-     "data = jax.tree.map(lambda old, new: old.at[index].set(new[n - kept:], unique_indices=True), self.data, batch)",
-     "data = jax.tree.map(lambda old, new: old.at[index].set(new[n - kept:]), self.data, batch)"):
+    ("core/dataset.py", "ReplayBuffer.add.write",
+     "return old.at[index].set(rows, unique_indices=True)", "return old.at[index].set(rows)"):
         "it lets XLA write without looking for indices that occur twice",
     ("core/dataset.py", "ReplayBuffer.sample_trajectories",
      "going_on = ~done.astype(bool)[(oldest + age) % self.capacity]",

@@ -174,7 +174,7 @@ LAYER = dict(scale=jnp.float32([2.0, 0.5, 1.0]), bias=jnp.float32([0.1, -1.0, 0.
 
 def a_layer():
     """Columns whose ratio and shift are within their bounds, above and below them."""
-    x = jax.random.normal(jax.random.key(0), (8, 3)) * jnp.float32([[1.2, 9.0, 0.1]]) + jnp.float32([[0.2, 3.0, -3.0]])
+    x = jax.random.normal(jax.random.key(0), (8, 3)) * jnp.float32([[0.9, 9.0, 0.1]]) + jnp.float32([[0.1, 3.0, -3.0]])
     return x, crossq.Stats(jnp.float32([0.1, -0.3, 0.2]), jnp.float32([1.5, 0.7, 1.0]), jnp.int32(1))
 
 
@@ -183,6 +183,8 @@ def test_in_training_a_layer_is_renormalised(passes, loose_ranks):
     """And its gradient by the input: nothing flows through r and d."""
     _, config = make()
     x, stats = a_layer()
+    ratio, shift = x.std(axis=0) / np.sqrt(stats.var), (x.mean(axis=0) - stats.mean) / np.sqrt(stats.var)
+    assert 0.7 < ratio[0] < 0.9 and 0.1 < shift[0] < 0.45  # within their bounds
     stats, weight = stats._replace(passes=jnp.int32(passes)), jax.random.normal(jax.random.key(1), (8, 3))
 
     def ours(x):

@@ -92,6 +92,9 @@ PLANTED_ERRORS = {  # and the test that has to notice
     "target_entropy forgotten": (SAC, "self.config.target_entropy * self", "-1.0 * self", LOSSES),
     "discount forgotten": (SAC, "self.config.discount * (1.0", "0.99 * (1.0", LOSSES),
     "lr forgotten": (SAC, "optax.adam(config.lr)", "optax.adam(3e-4)", ORDER),
+    "a single row is written by itself": ("core/dataset.py", "return old.at[index].set(rows, unique",
+                                          "return old.at[index[:-1]].set(rows[:-1], unique",
+                                          "test_one_transition_a_step_does_not_copy_the_buffer"),
     "any action space": (SAC, "actions=(Box,), bounded=True", "actions=(Box,)", "test_what_sac_cannot_act_in"),
     "discrete actions": (SAC, "actions=(Box,), bounded=True", "bounded=True", "test_what_sac_cannot_act_in"),
 }
@@ -233,17 +236,22 @@ def test_an_update_takes_its_steps_in_order():
     def adam(params, loss, *args):
         tx = optax.adam(2e-3)
         grads, info = jax.jit(jax.grad(loss, has_aux=True))(params, *args)
-        return optax.apply_updates(params, tx.update(grads, tx.init(params))[0]), info
+        return optax.apply_updates(params, tx.update(grads, tx.init(params))[0]), grads, info
 
-    critic, _ = adam(agent.critic.params, agent.critic_loss, batch, critic_key)
-    assert_close(new.critic.params, critic)
+    def assert_moved(state, params, grads):
+        """The first step of Adam shows little but the sign of a gradient, its first moment all."""
+        assert_close(state.params, params)
+        assert_close(state.opt_state[0].mu, jax.tree.map(lambda g: 0.1 * g, grads))
+
+    critic, grads, _ = adam(agent.critic.params, agent.critic_loss, batch, critic_key)
+    assert_moved(new.critic, critic, grads)
     target = jax.tree.map(lambda new, old: 0.3 * new + 0.7 * old, critic, agent.target_critic.params)
     assert_close(new.target_critic.params, target)
     halfway = agent.replace(critic=agent.critic.replace(params=critic))
-    actor, actor_info = adam(agent.actor.params, halfway.actor_loss, batch, actor_key)
-    assert_close(new.actor.params, actor)
-    temperature, _ = adam(agent.temperature.params, agent.temperature_loss, actor_info["entropy"])
-    assert_close(new.temperature.params, temperature)
+    actor, grads, actor_info = adam(agent.actor.params, halfway.actor_loss, batch, actor_key)
+    assert_moved(new.actor, actor, grads)
+    temperature, grads, _ = adam(agent.temperature.params, agent.temperature_loss, actor_info["entropy"])
+    assert_moved(new.temperature, temperature, grads)
     assert set(info) == {"critic_loss", "q", "actor_loss", "entropy", "temperature"}
 
 
@@ -342,6 +350,21 @@ def test_a_step_makes_its_updates_from_all_of_the_buffer():
     assert len(seen) == 12 and all(len(x) == 4 for x in seen)
     known = set(np.concatenate(seen).tolist())
     assert len(known) > 12 and len({tuple(x) for x in seen}) == 12 and 0.0 not in known
+
+
+def test_one_transition_a_step_does_not_copy_the_buffer():
+    env, config = make(num_envs=1, num_steps=1, updates_per_step=1, random_steps=4, buffer_size=9973)
+    run = jax.eval_shape(functools.partial(sac.init, source=env, config=config), jax.random.key(0))
+
+    def train(run, key):
+        def iteration(i, run):
+            return sac.train_step(run, jax.random.fold_in(key, i), env, config)[0]
+
+        return jax.lax.fori_loop(0, 3, iteration, run)
+
+    with jax.debug_key_reuse(False):
+        program = jax.jit(train, donate_argnums=0).lower(run, jax.random.key(0)).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 9973 * 4  # one number of each transition
 
 
 def test_acting_is_greedy_and_in_the_environments_units():
