@@ -24,7 +24,7 @@ norm, as in their code. An observation with three axes passes through one 3x3 co
 Kept: `Run`: network and optimiser, clock, environments and their observations. A checkpoint is `Run`.
 Decides: lr; num_envs · num_steps, the batch; trace; final_epsilon, because G is that of the policy that acts.
 Cost: one pass over num_envs · num_steps observations to act, one for V(s'), num_epochs forwards and backwards.
-Expect: 500 on CartPole after 500k steps.
+Expect: 500 on CartPole after 200k steps, every one of 8 seeds (4 s in all on 2 CPU cores).
 """
 import pathlib
 from typing import Any, NamedTuple

@@ -24,8 +24,8 @@ Kept: `Run`: agent (networks, optimisers, target critic, log α), buffer, enviro
 checkpoint is `Run`, with the buffer in it.
 Decides: updates_per_step; the scale of the reward, against which α is found by itself; discount.
 Cost: an update at hidden_dims (256, 256) and batch_size 256 takes 0.6 GFLOP: 8 passes of a critic and its gradients, 4
-of the actor. That is 4 ms on 2 CPU cores, and 50 times what a step of MuJoCo's HalfCheetah takes.
-Expect: configs/sac_half_cheetah.py: about 6,000 after 100k steps.
+of the actor. That is 6 ms on a CPU core, and 80 times what a step of MuJoCo's HalfCheetah takes.
+Expect: configs/sac_half_cheetah.py: about 5,200 after 100k steps (6 seeds).
 """
 import pathlib
 from typing import Any, NamedTuple
