@@ -39,6 +39,10 @@ PLANTED_ERRORS = {
     "ippo: networks and environments start from one key": (
         "algorithms/ippo.py", "source.reset(env_key)", "source.reset(agent_key)",
         "test_every_key_of_a_method_serves_once[ippo]"),
+    **{f"{name}: networks and environments start from one key": (
+        f"algorithms/{name}.py", f"source.reset({key})", "source.reset(agent_key)",
+        f"test_every_key_of_a_method_serves_once[{name}]")
+       for name, key in (("sac", "reset_key"), ("crossq", "reset_key"), ("pqn", "env_key"))},
     "pets: networks and memory draw from one key": (
         "algorithms/pets.py", "Agent.create(agent_key,", "Agent.create(store_key,",
         "test_every_key_of_a_method_serves_once[pets]"),
