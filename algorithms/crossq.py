@@ -29,11 +29,11 @@ Ends: the buffer keeps the true successor s', also where an episode ended. At a 
 other end the target is r. The next episode starts by itself.
 Random: first weights (agent_key), start states (reset_key, env_key), random actions and those of π (act_key),
 minibatches (sample_key), a' (critic_key), ã (actor_key).
-Departures: none in the equations; weights start orthogonal (√2, last layers 1), log σ >= −10 (−20). The rows of the
-tables have critics 256 wide instead of 2048.
+Departures: none in the equations; weights start orthogonal (√2, last layers 1), log σ >= −10 (−20). The configs
+have narrower critics than 2048, for a CPU.
 Kept: `Run`: agent (networks with their m and s, optimisers, log α, number of updates), buffer, environments and their
 observations, clock. A checkpoint is `Run`, with the buffer in it.
-Decides: critic_dims; lr; norm_momentum. Without the joint pass, or without the normalisation, it diverges.
+Decides: critic_dims; lr; norm_momentum (not measured here).
 Cost: an update with critic_dims (256, 256) and batch_size 256 takes 0.6 GFLOP, as much as one of SAC: the critic's pass
 has twice the rows, and π learns every third time. With (2048, 2048) it takes 29 GFLOP.
 Expect: configs/crossq_pendulum.py: about −150 after 20k steps, as SAC (8 seeds).

@@ -7,9 +7,9 @@
     a     = a random action with probability ε, else argmax_a Q(s, a)                      explore
     ε     = falls linearly from init_epsilon to final_epsilon in the first epsilon_steps of the budget
 
-    Q the network, LayerNorm after every layer but the last; s' next_obs, the true successor. V and G belong to the
-    network that made the rollout, so all minibatches of an iteration have fixed targets, and nothing else does what a
-    target network does. The normalisation keeps Q from growing without bound.
+    Q the network, LayerNorm after every layer but the last; s' next_obs, the true successor. V and G are
+    computed once, before the updates: the targets of an iteration stay fixed, without a target network. According to
+    the paper, the normalisation keeps Q from growing without bound.
 
     train_step   num_steps times, in every environment: choose a, step
                  V of all s', then G, backwards through the rollout
@@ -22,7 +22,8 @@ Departures: the end of a rollout and a time limit bootstrap alike (the authors' 
 weights start orthogonal (√2; last layer 1). The learning rate falls linearly to zero, gradients are clipped by global
 norm, as in their code. An observation with three axes passes through one 3x3 convolution first, as there.
 Kept: `Run`: network and optimiser, clock, environments and their observations. A checkpoint is `Run`.
-Decides: lr; num_envs · num_steps, the batch; trace; final_epsilon, because G is that of the policy that acts.
+Decides: lr; num_envs · num_steps, the batch; trace; final_epsilon: the rewards in G are those of
+actions of which this share is random (none of these was measured here).
 Cost: one pass over num_envs · num_steps observations to act, one for V(s'), num_epochs forwards and backwards.
 Expect: 500 on CartPole after 200k steps, every one of 8 seeds (4 s in all on 2 CPU cores).
 """

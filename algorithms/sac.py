@@ -18,13 +18,14 @@ Ends: the buffer keeps the true successor s', also where an episode ended. At a 
 other end the target is r. The next episode starts by itself.
 Random: first weights (agent_key), start states (reset_key, env_key), random actions and those of π (act_key),
 minibatches (sample_key), a' (critic_key), ã (actor_key).
-Departures: the old critic's file of the authors moves Q̄ before the step on L_Q, here it follows; log σ is clipped; L_α
-is a function of log α; weights start orthogonal (√2, last layers 1).
+Departures: Q̄ moves right after Q (in the paper at the end of the update; nothing in between uses Q̄); log σ is clipped;
+Adam changes log α, not α; weights start orthogonal (√2, last layers 1).
 Kept: `Run`: agent (networks, optimisers, target critic, log α), buffer, environments and their observations, clock. A
 checkpoint is `Run`, with the buffer in it.
 Decides: updates_per_step; the scale of the reward, against which α is found by itself; discount.
-Cost: an update at hidden_dims (256, 256) and batch_size 256 takes 0.6 GFLOP: 8 passes of a critic and its gradients, 4
-of the actor. That is 6 ms on a CPU core, and 80 times what a step of MuJoCo's HalfCheetah takes.
+Cost: an update at hidden_dims (256, 256) and batch_size 256 takes 0.6 GFLOP: 6 forward
+passes of both critics and 4 of the actor, where a gradient counts as two. That is 6 ms on a CPU core, about a hundred
+times what a step of MuJoCo's HalfCheetah takes.
 Expect: configs/sac_half_cheetah.py: about 5,200 after 100k steps (6 seeds).
 """
 import pathlib
