@@ -37,7 +37,7 @@ lint: .venv/ready
 .venv/ready: setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Monograph needs Python 3.11 or later")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[envs,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[envs,board,dev]"
 	touch $@
 
 clean:

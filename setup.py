@@ -8,24 +8,25 @@ dm_control = ["dm_control", "shimmy[dm-control]", "mujoco<4"]
 metaworld = ["metaworld>=3.1"]
 brax = ["brax"]
 playground = ["playground"]
+board = ["pgx"]
 offline = ["h5py", "minari"]
 cluster = ["submitit"]
 dev = ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff"]
 
 setup(
     name="monograph",
-    version="0.4.0",
+    version="0.5.0",
     description="One method, one file: a JAX research skeleton for reinforcement learning.",
     license="MIT",
     python_requires=">=3.11",
     packages=["core", "core.envs", "algorithms", "launchers", "configs"],
     install_requires=[
         "jax>=0.10", "jaxlib>=0.10", "flax", "optax", "distrax", "chex", "numpy", "absl-py", "ml_collections",
-        "matplotlib", "pillow", "tqdm", "wandb",
+        "matplotlib", "mctx", "pillow", "tqdm", "wandb",
     ],
     extras_require=dict(
-        envs=envs, mujoco=mujoco, dm_control=dm_control, metaworld=metaworld, brax=brax, playground=playground,
-        offline=offline, cluster=cluster, dev=dev,
-        all=envs + mujoco + offline + cluster + dev,
+        envs=envs, board=board, mujoco=mujoco, dm_control=dm_control, metaworld=metaworld, brax=brax,
+        playground=playground, offline=offline, cluster=cluster, dev=dev,
+        all=envs + mujoco + board + offline + cluster + dev,
     ),
 )

@@ -42,7 +42,7 @@ from core.config import count, fraction, positive, whole
 from core.dataset import permutation
 from core.envs import Discrete, require
 from core.errors import UserError
-from core.networks import orthogonal
+from core.networks import orthogonal, patches
 from core.returns import lambda_returns
 from core.train_state import TrainState
 
@@ -85,13 +85,6 @@ class QNetwork(nn.Module):
         for dim in self.hidden_dims:
             x = nn.relu(nn.LayerNorm()(nn.Dense(dim, kernel_init=orthogonal(2**0.5))(x)))
         return nn.Dense(self.num_actions, kernel_init=orthogonal(1.0))(x)
-
-
-def patches(x, size=3):
-    """(B, H, W, C) -> (B, H − 2, W − 2, 9 C): a Dense layer of them is a convolution. A true one has a kernel of its
-    own for every seed, which XLA on a CPU takes one by one."""
-    height, width = x.shape[1] - size + 1, x.shape[2] - size + 1
-    return jnp.concatenate([x[:, i:i + height, j:j + width] for i in range(size) for j in range(size)], axis=-1)
 
 
 class Agent(struct.PyTreeNode):

@@ -51,6 +51,13 @@ def flat(obs: Any) -> jax.Array:
     return jnp.concatenate([x.reshape(len(x), -1) for x in jax.tree.leaves(obs)], axis=-1)
 
 
+def patches(x: jax.Array, size: int = 3) -> jax.Array:
+    """[B, H, W, C] -> [B, H − size + 1, W − size + 1, size² C]: a Dense layer of them is a convolution. A true one has
+    a kernel of its own for every seed, which XLA on a CPU takes one by one."""
+    height, width = x.shape[1] - size + 1, x.shape[2] - size + 1
+    return jnp.concatenate([x[:, i:i + height, j:j + width] for i in range(size) for j in range(size)], axis=-1)
+
+
 class TanhNormal(NamedTuple):
     """Actions in (−1, 1): a = tanh u, where u ~ N(mean, exp(log_std)²) in each dimension."""
 

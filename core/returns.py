@@ -2,6 +2,8 @@
 import jax
 import jax.numpy as jnp
 
+EPSILON = 0.001  # of h: keeps its slope from vanishing
+
 
 def gae(
     reward: jax.Array, value: jax.Array, next_value: jax.Array, terminated: jax.Array, truncated: jax.Array,
@@ -56,3 +58,21 @@ def n_step_returns(
 
     one_step = reward + discount * (1.0 - terminated) * next_value
     return jax.lax.scan(extend, one_step, length=n - 1)[0]
+
+
+def to_bins(x: jax.Array, bound: float, num_bins: int) -> jax.Array:
+    """[...] -> weights [..., num_bins] of numbers evenly spaced in [−bound, bound], whose mean is h(x), clipped there:
+    weights of the two neighbours (Schrittwieser et al., 2020, Appendix F).
+
+        h(x) = sign(x) (√(|x| + 1) − 1) + 0.001 x
+    """
+    h = jnp.clip(jnp.sign(x) * (jnp.sqrt(jnp.abs(x) + 1) - 1) + EPSILON * x, -bound, bound)
+    place = (h + bound) * (num_bins - 1) / (2 * bound)  # 0 is the first bin
+    return jnp.maximum(1.0 - jnp.abs(jnp.subtract.outer(place, jnp.arange(num_bins))), 0.0)
+
+
+def from_bins(weights: jax.Array, bound: float) -> jax.Array:
+    """Weights [..., num_bins] -> h⁻¹ of their mean [...]; without the difference of nearly equal numbers."""
+    h = weights @ jnp.linspace(-bound, bound, weights.shape[-1])
+    y = jnp.abs(h) + 1 + EPSILON  # h⁻¹(h) = sign(h) (u² − 1),  u = (√(1 + 4 ε y) − 1) / 2 ε = 2 y / (√(1 + 4 ε y) + 1)
+    return jnp.sign(h) * (jnp.square(2 * y / (jnp.sqrt(1 + 4 * EPSILON * y) + 1)) - 1)

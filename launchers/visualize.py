@@ -8,6 +8,10 @@ the 2σ ellipses of pairs of unknown numbers φ, less the truth, which is the cr
 ellipses of where the plan leads. `--figure` draws what a run with a belief logged while it learnt:
 
     python -m launchers.visualize --run=runs/joint --out=joint.gif --figure=joint.png --against=runs/perfect
+
+`--tree` draws one tree search of a policy that searches, from the state after `--steps` steps of an episode:
+
+    python -m launchers.visualize --run=runs/muzero --tree=tree.png --steps=20
 """
 import ast
 import pathlib
@@ -22,13 +26,15 @@ from core.errors import UserError
 from core.logging import read_metrics
 from launchers import cli
 from launchers.runs import drawable, figure, host_film, host_renderer, load, play, regret, watch
+from launchers.trees import draw_tree
 
 WRITERS = {".gif": render.write_gif, ".mp4": render.write_mp4}
 
 
 def visualize(*, run: str, out: str | None = None, figure: str | None = None, against: str | None = None,
-              seed_index: int = 0, episodes: int = 1, steps: int | None = None, set: list[str] = (),
-              eval_seed: int = 1_000_000, best: bool = False, fps: float = 10.0, height: int = 384) -> list[np.ndarray]:
+              tree: str | None = None, seed_index: int = 0, episodes: int = 1, steps: int | None = None,
+              set: list[str] = (), eval_seed: int = 1_000_000, best: bool = False, fps: float = 10.0,
+              height: int = 384) -> list[np.ndarray]:
     """Film episodes of a run, or draw what it logged: the returns of the filmed episodes.
 
     Args:
@@ -36,9 +42,10 @@ def visualize(*, run: str, out: str | None = None, figure: str | None = None, ag
         out: The film to write, .gif or .mp4.
         figure: The picture to write of what a run with a belief logged, .png or .pdf.
         against: The run to which --figure shows the regret, paired by seed.
+        tree: The picture to write of a search, .png or .pdf.
         seed_index: Which of the run's seeds.
         episodes: Episodes, one after another.
-        steps: Steps of each at most.
+        steps: Steps of each at most; of --tree, those before the search.
         set: Other settings of the environment: name=value,name=value.
         eval_seed: Fixes the episodes.
         best: The best checkpoint by evaluation return, where no checkpoint is named.
@@ -46,10 +53,11 @@ def visualize(*, run: str, out: str | None = None, figure: str | None = None, ag
         height: Pixels.
     """
     cli.compilation_cache()
-    if not out and not figure:
-        raise UserError("say what to make: --out=film.gif, or --figure=picture.png")
+    if not out and not figure and not tree:
+        raise UserError("say what to make: --out=film.gif, --figure=picture.png, or --tree=picture.png")
     cli.check_output("out", out, *WRITERS)
     cli.check_output("figure", figure, ".png", ".pdf")
+    cli.check_output("tree", tree, ".png", ".pdf")
     cli.check_seeds(eval_seed=eval_seed)
     for name, value, least, most in (("episodes", episodes, 1, 1000), ("steps", steps, 1, np.inf), ("fps", fps, 1, 100),
                                      ("height", height, 64, 2160)):
@@ -60,25 +68,52 @@ def visualize(*, run: str, out: str | None = None, figure: str | None = None, ag
         returns = film(run, out, seed_index, episodes, steps, set, eval_seed, best, fps, height)
     if figure:
         draw_figure(run, figure, against)
+    if tree:
+        draw_search(run, tree, seed_index, steps or 0, set, eval_seed, best)
     return returns
 
 
-def film(folder, out, seed_index, episodes, steps, settings, eval_seed, best, fps, height):
-    """Write the film; the returns of its episodes."""
+def draw_search(folder, path, seed_index, steps, settings, eval_seed, best):
+    """Write the picture of a search after `steps` steps of an episode."""
+    algorithm, config, run, name, kwargs, key = policy_of(folder, seed_index, settings, eval_seed, best)
+    if not hasattr(algorithm, "search"):
+        raise UserError(f"{folder}: its policy does not search a tree")
+    run = cli.rebind(algorithm, run, make_env(name, config.num_envs, **kwargs), config)
+    env = make_env(name, 1, **kwargs)
+    reset_key, search_key, *keys = jax.random.split(key, 2 + steps)
+    state, obs = env.reset(reset_key)
+    step = jax.jit(lambda state, obs, keys: env.step(keys[1], state, algorithm.act(run, (), obs, keys[0])[1]))
+    for key in keys:
+        state, after = step(state, obs, jax.random.split(key))
+        obs = after.obs
+    tree = jax.jit(lambda obs, key: algorithm.search(run, obs, key))(obs, search_key)
+    draw_tree(path, jax.tree.map(lambda x: x[0], tree.replace(embeddings=(), extra_data=())))
+    print(f"{path}: a search after {steps} steps of {name}")
+
+
+def policy_of(folder, seed_index, settings, eval_seed, best):
+    """(algorithm, run of one seed, environment's name and settings, key) as films and trees need them."""
     algorithm, config, run, meta = load(folder, best)
     num_seeds = len(jax.tree.leaves(run)[0])
     if not 0 <= seed_index < num_seeds:
         raise UserError(f"--seed_index={seed_index}, but {folder} has {num_seeds} seeds, from 0")
     name, kwargs = cli.eval_settings(config)
     kwargs = {**kwargs, **dict(setting(text) for text in settings)}
+    run = jax.tree.map(lambda x: x[seed_index], run)
+    return (algorithm, config, run, name, kwargs,
+            jax.random.fold_in(jax.random.key(eval_seed), meta["seed"] + seed_index))
+
+
+def film(folder, out, seed_index, episodes, steps, settings, eval_seed, best, fps, height):
+    """Write the film; the returns of its episodes."""
+    algorithm, config, run, name, kwargs, key = policy_of(folder, seed_index, settings, eval_seed, best)
     on_host = name.startswith("gymnasium/")
     try:
         env = host_renderer(name, kwargs)[1].close() if on_host else drawable(name, **kwargs)
     except TypeError as error:
         raise UserError(f"--set={','.join(settings)}: {error}") from error
-    run = jax.tree.map(lambda x: x[seed_index], run)
     run = cli.rebind(algorithm, run, make_env(name, config.get("num_envs", 1), **kwargs), config)
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(eval_seed), meta["seed"] + seed_index), episodes)
+    keys = jax.random.split(key, episodes)
     if on_host:
         return save(out, *zip(*(host_film(*watch(algorithm, run, name, kwargs, key, steps), height) for key in keys),
                               strict=True), fps)

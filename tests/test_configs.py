@@ -16,6 +16,7 @@ from core import checkpoint, logging
 from core.logging import finals
 from launchers import cli, train
 from launchers.evaluate import evaluate_run
+from tests.keys import reuse_checked
 
 ROOT = pathlib.Path(__file__).parents[1]
 CLI, TRAIN = "launchers/cli.py", "launchers/train.py"
@@ -30,12 +31,12 @@ PLANTED_ERRORS = {
 }
 
 SMALL = dict(num_steps=8, num_epochs=1, num_updates=2, random_steps=8, horizon=3, kept_elites=2, num_linearizations=1,
-             buffer_size=64, batch_size=8)
+             buffer_size=64, batch_size=8, num_simulations=2, unroll=1, n_step=1)
 SMALL_PLANNER = dict(num_samples=8, num_elites=4, num_iterations=1)
 TIME_LIMIT = {"gymnax": "max_steps_in_episode", "jaxmarl": "max_steps", "gymnasium": "max_episode_steps",
               "brax": "episode_length", "playground": "episode_length"}
 PACKAGES = {"gymnasium/dm_control/": "shimmy", "gymnasium/": "mujoco", "jaxmarl/": "jaxmarl", "brax/": "brax",
-            "playground/": "mujoco_playground"}  # the first that fits
+            "pgx/": "pgx", "playground/": "mujoco_playground"}  # the first that fits
 
 
 def names(folder):
@@ -74,10 +75,13 @@ def small(config):
     for dims in {"hidden_dims", "critic_dims"}.intersection(config):
         config[dims] = (8,) * len(config[dims])
     config.eval_episodes = 2
-    limit = TIME_LIMIT[config.env.split("/")[0]] if "/" in config.env else "max_steps"
+    if "num_simulations" in config:  # its buffer holds whole windows before the first update
+        config.update(num_envs=2, random_steps=20)
+    source = config.env.split("/")[0]
+    limit = {} if source == "pgx" else {TIME_LIMIT[source] if "/" in config.env else "max_steps": 6}
     with config.unlocked():
         config.smoke = {}
-        config.env_kwargs = dict(config.get("env_kwargs", {})) | {limit: 6}
+        config.env_kwargs = dict(config.get("env_kwargs", {})) | limit
         if "jump_step" in config.env_kwargs:
             config.env_kwargs.jump_step = 2
     return config
@@ -91,12 +95,13 @@ def test_a_config_fits_its_algorithm_and_its_environment(name):
     shrink(config.get("planner", {}), dict(num_iterations=1))  # both are loops that would be traced many times
     config = ml_collections.FrozenConfigDict(config.to_dict())
     algorithm, source, key = cli.algorithm_of(config), cli.source_of(config), jax.random.key(0)
-    run = jax.eval_shape(functools.partial(algorithm.init, source=source, config=config), key)
-    after, _ = jax.eval_shape(functools.partial(algorithm.train_step, source=source, config=config), run, key)
+    with reuse_checked(config.algorithm):
+        run = jax.eval_shape(functools.partial(algorithm.init, source=source, config=config), key)
+        after, _ = jax.eval_shape(functools.partial(algorithm.train_step, source=source, config=config), run, key)
+        returns, length = jax.eval_shape(cli.episodes_of(algorithm, config, 2, 0), run, np.int32(0))
     assert jax.tree.structure(after) == jax.tree.structure(run)
     assert all(a.shape == b.shape and a.dtype == b.dtype
                for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(run), strict=True))
-    returns, length = jax.eval_shape(cli.episodes_of(algorithm, config, 2, 0), run, np.int32(0))
     assert returns.shape[0] == 2 and length.shape == (2,)
 
 
@@ -122,9 +127,11 @@ def test_an_algorithm_trains_resumes_and_is_evaluated(name, tmp_path, monkeypatc
     monkeypatch.setattr(train, "compile_job", compile_once)
     monkeypatch.setattr(logging, "_curve", lambda *_: None)
     config = small(config)
-    summary = train.train(config, smoke=True, save_every=0.0, workdir=str(tmp_path))
+    with reuse_checked(name):
+        summary = train.train(config, smoke=True, save_every=0.0, workdir=str(tmp_path))
     written = (tmp_path / "metrics.csv").read_bytes()
-    row = evaluate_run(run=str(tmp_path), smoke=True)
+    with reuse_checked(name):
+        row = evaluate_run(run=str(tmp_path), smoke=True)
     for column, final in zip(summary["score"], finals(summary), strict=True):
         assert np.isfinite(final["per_seed"]).all()
         np.testing.assert_allclose(row[column], final["per_seed"], rtol=1e-5)
@@ -132,7 +139,8 @@ def test_an_algorithm_trains_resumes_and_is_evaluated(name, tmp_path, monkeypatc
     first, last = checkpoint.steps(tmp_path / "checkpoints")
     last.unlink()
     (tmp_path / "summary.json").unlink()
-    resumed = train.train(config, smoke=True, save_every=0.0, workdir=str(tmp_path), resume=True)
+    with reuse_checked(name):
+        resumed = train.train(config, smoke=True, save_every=0.0, workdir=str(tmp_path), resume=True)
     assert checkpoint.steps(tmp_path / "checkpoints") == [first, last]
     if not config.env.startswith("gymnasium/"):  # a simulator on the host is in no checkpoint
         assert resumed["final"] == summary["final"] and (tmp_path / "metrics.csv").read_bytes() == written
@@ -142,7 +150,8 @@ def test_an_algorithm_trains_resumes_and_is_evaluated(name, tmp_path, monkeypatc
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_runs_as_it_is(name, tmp_path):
     config = get_config(name)
-    summary = train.train(config, smoke=True, num_seeds=2, workdir=str(tmp_path))
+    with reuse_checked(config.algorithm):
+        summary = train.train(config, smoke=True, num_seeds=2, workdir=str(tmp_path))
     assert all(np.isfinite(final["per_seed"]).all() for final in finals(summary))
 
 

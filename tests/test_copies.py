@@ -42,7 +42,17 @@ PLANTED_ERRORS = {
     **{f"{name}: networks and environments start from one key": (
         f"algorithms/{name}.py", f"source.reset({key})", "source.reset(agent_key)",
         f"test_every_key_of_a_method_serves_once[{name}]")
-       for name, key in (("sac", "reset_key"), ("crossq", "reset_key"), ("pqn", "env_key"))},
+       for name, key in (("sac", "reset_key"), ("crossq", "reset_key"), ("pqn", "env_key"), ("muzero", "reset_key"),
+                         ("alphazero", "reset_key"))},
+    **{f"{name}: the environment draws from the key of the search": (
+        f"algorithms/{name}.py", "source.step(env_key,", "source.step(search_key,",
+        f"test_every_key_of_a_method_serves_once[{name}]") for name in ("muzero", "alphazero")},
+    "muzero: all old steps are searched with the keys that drew them": (
+        "algorithms/muzero.py", 'data["obs"][index], search_key,', 'data["obs"][index], index_key,',
+        "test_every_key_of_a_method_serves_once[muzero]"),
+    "muzero: minibatches are drawn with the key of the search": (
+        "algorithms/muzero.py", "update(run, update_key, config)", "update(run, play_key, config)",
+        "test_every_key_of_a_method_serves_once[muzero]"),
     "pets: networks and memory draw from one key": (
         "algorithms/pets.py", "Agent.create(agent_key,", "Agent.create(store_key,",
         "test_every_key_of_a_method_serves_once[pets]"),
@@ -81,7 +91,7 @@ PLANTED_ERRORS = {
         "jax.random.normal(noise_key, (H, 1, 1, x.size)).repeat(P, 1)",
         "test_members_and_particles_of_pets_draw_on_their_own"),
 }
-SEEDS, ENVS, AGENTS, ITERATIONS = 2, 3, 2, 2
+SEEDS, ENVS, AGENTS, ITERATIONS, RECORD = 2, 3, 2, 2, 16
 
 
 class Params(NamedTuple):
@@ -101,7 +111,7 @@ class Witness:
 
     agents: int = 0
     reveal: bool = False
-    max_steps: int = 16
+    max_steps: int = RECORD
     action_space: Any = Box((-1.0,), (1.0,))
     truth = guess = Params(jnp.float32(0.5))
 
@@ -121,8 +131,8 @@ class Witness:
         return jnp.zeros(1)
 
     def reset(self, key):
-        action = jnp.zeros((self.max_steps, *self.shape))
-        return State(jax.random.normal(key), jnp.zeros(self.max_steps), action, 0), self.obs
+        action = jnp.zeros((RECORD, *self.shape))
+        return State(jax.random.normal(key), jnp.zeros(RECORD), action, 0), self.obs
 
     def step(self, key, state, action):
         noise, done = state.noise.at[state.t].set(jax.random.normal(key)), state.action.at[state.t].set(action)
@@ -143,11 +153,32 @@ class Witness:
         return hidden.unknown(self)
 
 
+class Board(Witness):
+    """The same as a game with an observation that it can go on from."""
+
+    masked = True
+
+    def observe(self, game):
+        return dict(board=jnp.ones(self.action_space.n), game=game)
+
+    def reset(self, key):
+        state, _ = super().reset(key)
+        return state, self.observe(state)
+
+    def step(self, key, state, action):
+        state, step = super().step(key, state, action)
+        return state, step._replace(obs=self.observe(state), next_obs=self.observe(state))
+
+    def move(self, game, action):
+        return game, jnp.float32(0), jnp.array(False)
+
+
 def get_config(name):
     config = importlib.import_module(f"algorithms.{name}").get_config()
-    sizes = dict(num_envs=ENVS, num_steps=min(3, config.get("num_steps", 0)), env_steps=64, random_steps=2 * ENVS,
+    sizes = dict(num_envs=ENVS, num_steps=min(3, config.get("num_steps", 0)), env_steps=64, random_steps=4 * ENVS,
                  num_minibatches=3, num_epochs=2, num_updates=2, horizon=3, kept_elites=2, about="params", window=3,
                  rollout_steps=2, hidden_dims=(4,), critic_dims=(4,), buffer_size=64, batch_size=5, policy_delay=1,
+                 unroll=1, n_step=1, num_simulations=2, latent_dim=3,
                  final_epsilon=1.0)
     config.update({key: size for key, size in sizes.items() if key in config})
     if "planner" in config:
@@ -166,8 +197,10 @@ def trained(name) -> tuple[Any, Any, Any]:
     """(runs [S, ...] before training, and after it, all keys that this took, and that acting and measuring take)."""
     algorithm, config = importlib.import_module(f"algorithms.{name}"), get_config(name)
     # Among so many actions no two copies choose the same one.
-    choices = dict(action_space=Discrete(100_000)) if name == "pqn" else {}
+    choices = dict(action_space=Discrete(100_000)) if name in ("pqn", "muzero", "alphazero") else {}
     source = Batch(Witness(AGENTS if name == "ippo" else 0, **choices), ENVS)
+    if name == "alphazero":
+        source = Batch(Board(max_steps=3, **choices), ENVS)
     if "dataset" in config:
         obs = jax.random.normal(jax.random.key(1), (12, 2))
         ends = jnp.arange(12) % 4 == 3
@@ -187,6 +220,8 @@ def trained(name) -> tuple[Any, Any, Any]:
 
     with jax.debug_key_reuse(False):  # it misfires on a scan over keys under vmap
         (start, run, *_), used = jax.jit(with_keys(seed))(jax.random.split(jax.random.key(0), SEEDS))
+        if name in ("muzero", "alphazero"):  # a search of two rounds is none
+            run = jax.jit(seed)(jax.random.split(jax.random.key(0), SEEDS))[1]
     return start, run, used
 
 
@@ -198,7 +233,7 @@ def written(run):
     """The states of all copies [S, E], with the steps that were taken."""
     state = run.env_state.env
     steps = int(state.t.max())
-    assert (np.asarray(state.t) == steps).all() and 0 < steps < Witness.max_steps
+    assert (np.asarray(state.t) == steps).all() and 0 < steps < RECORD
     return state._replace(noise=state.noise[:, :, :steps], action=state.action[:, :, :steps])
 
 
@@ -272,7 +307,7 @@ def test_environments_and_seeds_act_on_their_own(name):
 def test_networks_start_on_their_own(name):
     """No weight occurs twice: not in two seeds, members, agents or layers. (In the widest layer some do, by chance.)"""
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.flatten_with_path(trained(name)[0].agent)[0]}
-    weights = [leaf[..., :99].ravel() for path, leaf in leaves.items()
+    weights = [leaf[..., :99, :99].ravel() for path, leaf in leaves.items()
                if "opt_state" not in path and "target_" not in path and ("kernel" in path or "weight_" in path)]
     if not weights:
         pytest.skip("no networks")

@@ -25,7 +25,8 @@ from launchers.train import train
 
 ROOT = pathlib.Path(__file__).parents[1]
 PPO, PETS, EKF = (f"--config=algorithms/{name}.py" for name in ("ppo", "pets", "ekf_lqr"))
-SAC, CROSSQ, PQN = (f"--config=algorithms/{name}.py" for name in ("sac", "crossq", "pqn"))
+SAC, CROSSQ, PQN, MUZERO, ZERO = (f"--config=algorithms/{name}.py" for name in (
+    "sac", "crossq", "pqn", "muzero", "alphazero"))
 POLE, TRACKING, OFFLINE = "--config=configs/icem_online_longer_pole.py", "--config=algorithms/ippo.py", (
     "--config=algorithms/dynamics.py")
 
@@ -55,6 +56,12 @@ NUMBERS = {  # of every config, and what it may not be
                  critic_dims=("(2.5,)",)),
     PQN: dict(init_epsilon=(1.1,), final_epsilon=(-0.1,), epsilon_steps=(-1,), trace=(1.5,), channels=(-1,),
               reward_scale=(0,), num_minibatches=(7,)),
+    MUZERO: dict(num_simulations=(0,), max_considered=(0,), num_updates=(0,), search=("alpha",), num_bins=(0,),
+                 value_bound=(0, -1), unroll=(0,), n_step=(0,), priority_exponent=(-0.1, 2), reanalyse=(-1, 1.1),
+                 epsilon=(-0.1, 1.1), weight_decay=(0,), latent_dim=(0,), channels=(-1,), random_steps=(0, 64),
+                 buffer_size=(0, 32), discount=(1.5,)),
+    ZERO: dict(num_simulations=(0,), max_considered=(0,), random_steps=(64,), buffer_size=(64,),
+               hidden_dims=("(0,)",), **{"env_kwargs.opponent": ("me",)}),
 }
 CULPRITS = {"env_steps=10": "no iteration"}
 TYPED = """
@@ -111,6 +118,13 @@ train $CROSSQ --config.env=gymnax/CartPole-v1                               | di
 train $PQN --config.env=gymnax/Pendulum-v1                                  | continuous actions
 train $PQN --config.env=gymnax/Breakout-MinAtar                             | channels
 train $PQN --config.channels=4                                              | channels
+train $MUZERO --config.env=gymnax/Pendulum-v1                               | continuous actions
+train $MUZERO --config.env=pursuit_evasion                                  | several agents
+train $MUZERO --config.env=gymnax/Breakout-MinAtar                          | channels
+train $MUZERO --config.random_steps=200000                                  | no iteration
+train $ZERO --config.env=pgx/tictactoe                                      | tic_tac_toe
+train $ZERO --config.env_kwargs.reveal=False                                | reveal
+train $ZERO --config.eval_env_kwargs.oponent=random                         | oponent
 train $POLE --config.env=gymnax/CartPole-v1                                 | "jump_by"
 train $POLE --config.num_steps=2                                            | num_steps
 train $POLE --config.pretrained=$SCRATCH/nothing.npz                        | nothing.npz
@@ -309,8 +323,8 @@ def rows():
             for value in values:
                 typed = f"{key}={value}"
                 yield "train", [config, f"--config.{typed}"], CULPRITS.get(typed, key.rpartition(".")[2])
-    names = dict(PPO=PPO, PETS=PETS, EKF=EKF, SAC=SAC, CROSSQ=CROSSQ, PQN=PQN, POLE=POLE, TRACKING=TRACKING,
-                 OFFLINE=OFFLINE)
+    names = dict(PPO=PPO, PETS=PETS, EKF=EKF, SAC=SAC, CROSSQ=CROSSQ, PQN=PQN, MUZERO=MUZERO, ZERO=ZERO, POLE=POLE,
+                 TRACKING=TRACKING, OFFLINE=OFFLINE)
     for line in TYPED.strip().splitlines():
         words, culprit = line.split(" | ")
         for name, value in names.items():
@@ -453,8 +467,8 @@ def test_every_number_of_a_method_has_a_range(name):
     assert not {key for key in numbers if not key.startswith(("env_kwargs.", "collect.env_kwargs.", "smoke."))}
 
 
-LAUNCHERS = {"algorithm", "env", "env_kwargs", "env_steps", "updates", "eval_every", "eval_episodes", "log_every",
-             "smoke", "dataset", "collect", "pretrain", "num_envs", "num_steps"}  # what they read of a config
+LAUNCHERS = {"algorithm", "env", "env_kwargs", "eval_env_kwargs", "env_steps", "updates", "eval_every", "eval_episodes",
+             "log_every", "smoke", "dataset", "collect", "pretrain", "num_envs", "num_steps"}  # what they read of it
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "algorithms").glob("[a-z]*.py")))

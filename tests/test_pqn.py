@@ -27,8 +27,8 @@ PLANTED_ERRORS = {  # and the test that has to notice
     "normalised after the activation": (PQN, "nn.relu(nn.LayerNorm()(nn.Dense(dim, kernel_init=orthogonal(2**0.5))(x)"
                                         "))", "nn.LayerNorm()(nn.relu(nn.Dense(dim, kernel_init=orthogonal(2**0.5))("
                                         "x)))", NETWORK),
-    "patches transposed": (PQN, "for i in range(size) for j in range(size)]", "for j in range(size) for i in range("
-                           "size)]", NETWORK),
+    "patches transposed": ("core/networks.py", "for i in range(size) for j in range(size)]",
+                           "for j in range(size) for i in range(size)]", NETWORK),
     "convolution without activation": (PQN, "x = nn.relu(nn.LayerNorm()(nn.Dense(self.channels, kernel_init=orthogonal"
                                        "(2**0.5))(patches(x))))", "x = nn.LayerNorm()(nn.Dense(self.channels, "
                                        "kernel_init=orthogonal(2**0.5))(patches(x)))", NETWORK),

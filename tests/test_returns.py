@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from core.normalize import RewardScale, RunningMeanStd
-from core.returns import gae, lambda_returns, n_step_returns
+from core.returns import from_bins, gae, lambda_returns, n_step_returns, to_bins
 
 T, E, DISCOUNT, TRACE = 7, 3, 0.9, 0.8
 
@@ -23,6 +23,18 @@ PLANTED_ERRORS = {
                                "(weight * next_value + (1.0 - weight) * target)"),
     "n-step runs through a time limit": (RETURNS, "jnp.where(truncated.astype(bool), next_value, shifted)", "shifted"),
     "one step too many": (RETURNS, "length=n - 1", "length=n"),
+    "bins without the transform": (RETURNS, "h = jnp.clip(jnp.sign(x) * (jnp.sqrt(jnp.abs(x) + 1) - 1) + EPSILON * x,",
+                                   "h = jnp.clip(x,"),
+    "transform of half the numbers": (RETURNS, "jnp.clip(jnp.sign(x) * (jnp.sqrt(", "jnp.clip((jnp.sqrt("),
+    "slope of the transform forgotten": (RETURNS, "- 1) + EPSILON * x, -bound", "- 1), -bound"),
+    "nearest bin only": (RETURNS, "jnp.maximum(1.0 - jnp.abs(jnp.subtract.outer(place, jnp.arange(num_bins))), 0.0)",
+                         "1.0 * (jnp.abs(jnp.subtract.outer(place, jnp.arange(num_bins))) <= 0.5)"),
+    "bins too far apart": (RETURNS, "* (num_bins - 1) / (2 * bound)  #", "* num_bins / (2 * bound)  #"),
+    "numbers outside the bins have no weight": (RETURNS, "+ EPSILON * x, -bound, bound)", "+ EPSILON * x, -1e9, 1e9)"),
+    "the inverse loses the sign": (RETURNS, "return jnp.sign(h) * (jnp.square(", "return (jnp.square("),
+    "the inverse without its one": (RETURNS, "+ 1)) - 1)\n", "+ 1)))\n"),
+    "an inverse of cancelling numbers": (RETURNS, "jnp.square(2 * y / (jnp.sqrt(1 + 4 * EPSILON * y) + 1))",
+                                         "jnp.square((jnp.sqrt(1 + 4 * EPSILON * y) - 1) / (2 * EPSILON))"),
     "batch mean not weighted": (NORMALIZE, "delta * (n / count)", "delta"),
     "between-batch variance forgotten": (NORMALIZE, " + delta**2 * (self.count * n / count)", ""),
     "terminal reward opens the next episode": (NORMALIZE, "return jnp.where(done, 0.0, total), total",
@@ -114,3 +126,37 @@ def test_rewards_are_divided_by_the_deviation_of_the_discounted_return():
             running = np.where(d[t], 0.0, running)
     np.testing.assert_allclose(scale(reward[0]), np.clip(reward[0] / np.std(totals), -10, 10), rtol=1e-3)
     np.testing.assert_allclose(scale.discounted_return, running, rtol=1e-4)
+
+
+def h(x):
+    x = np.asarray(x, np.float64)
+    return np.sign(x) * (np.sqrt(np.abs(x) + 1) - 1) + 0.001 * x
+
+
+def test_bins_hold_a_number_and_give_it_back():
+    """Weights of the two neighbours of h(x), whose mean it is; to 1e-6 of a number from −370 to 370."""
+    x = np.concatenate([[0.0, 1e-3, -1e-3, 1.0, -1.0, 370.0, -370.0], np.random.default_rng(0).normal(size=50) * 50])
+    weights = np.asarray(jax.jit(lambda x: to_bins(x, 20.0, 81))(jnp.float32(x)), np.float64)
+    support = np.linspace(-20, 20, 81)
+    np.testing.assert_allclose(weights.sum(axis=-1), 1.0, atol=1e-5)
+    np.testing.assert_allclose(weights @ support, h(x), atol=2e-5)
+    assert ((weights > 0).sum(axis=-1) <= 2).all()
+    assert (np.abs(support - h(x)[:, None])[weights > 1e-6] < 0.5).all()
+    back = jax.jit(lambda weights: from_bins(weights, 20.0))(jnp.float32(weights))
+    np.testing.assert_allclose(back, x, rtol=2e-5, atol=2e-5)
+
+
+def test_numbers_beyond_the_bins_are_the_last_bin():
+    weights = to_bins(jnp.float32([1e4, -1e4]), 5.0, 11)
+    np.testing.assert_array_equal(weights, np.eye(11)[[10, 0]])
+
+
+def test_the_inverse_is_exact_for_small_numbers():
+    """Of a spread of weights it is h⁻¹ of their mean, not the mean of h⁻¹; h⁻¹ by bisection in float64."""
+    weights = jax.nn.softmax(3 * jax.random.normal(jax.random.key(0), (200, 21)))
+    mean = np.asarray(weights, np.float64) @ np.linspace(-0.1, 0.1, 21)
+    low, high = np.full(200, -10.0), np.full(200, 10.0)
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = np.where(h(middle) < mean, middle, low), np.where(h(middle) < mean, high, middle)
+    np.testing.assert_allclose(from_bins(weights, 0.1), low, atol=2e-6)

@@ -16,7 +16,7 @@ An environment may offer more. Who uses it:
     num_agents                     N, of a game with several agents: obs (N, ...), reward (N,)     ippo, evaluation
     teams                          (N,) the number of each agent's team: opponents' returns are never added
                                                                                            evaluation, cross-play
-    masked                         the last A numbers of obs say which actions are allowed          ippo
+    masked                         the last A numbers of obs say which actions are allowed          ippo, muzero
     info["agent_done"]             (N,) agents that ended before the episode did                    ippo
     cost(x, action, next_x), terminal_cost(x)      what a planner minimises; the reward is −cost    all planners
     features(x)                    what a network sees of x, e.g. the sine and cosine of an angle   pets, icem_online
@@ -25,6 +25,8 @@ An environment may offer more. Who uses it:
     info["params"]                 the truth that a step obeyed, for measures, never for acting     ekf_lqr
     draw(state) -> Scene           the picture of a state (`core.render`)                           films
     place(x) -> (2,)               where in that picture the hidden truth moves something           films of beliefs
+    move(game, action)             the rules of a game for two: the game after, reward of who moves, whether it ended;
+                                   obs["game"] is where it starts                                   alphazero
     reports_success                info["success"] says whether a step did what the task is         batch, evaluation
     on_host                        it is simulated by Python: a run of it is resumed, but not bit for bit    launchers
 """
