@@ -162,11 +162,11 @@ class Agent(struct.PyTreeNode):
         invalid = 1 - self.allowed(obs, policy.shape[1])
 
         def step(agent, key, action, latent):
-            latent, reward, end = agent.model(latent, action, method="transition")
+            leaf, reward, end = agent.model(latent, action, method="transition")
             reward = from_bins(jax.nn.softmax(reward), agent.config.value_bound)
             discount = agent.config.discount * jax.nn.sigmoid(-end)
-            policy, value = agent.predict(latent)
-            return mctx.RecurrentFnOutput(reward=reward, discount=discount, prior_logits=policy, value=value), latent
+            policy, value = agent.predict(leaf)
+            return mctx.RecurrentFnOutput(reward=reward, discount=discount, prior_logits=policy, value=value), leaf
 
         if self.config.search == "gumbel":
             found = mctx.gumbel_muzero_policy(

@@ -89,8 +89,8 @@ PLANTED_ERRORS = {  # and the test that has to notice
     "exponent of the priorities": (MUZERO, "(error + 1e-3) ** config.priority_exponent", "error + 1e-3", REFRESH),
     "the same starts every time": (MUZERO, "draw(run.buffer, key, size, config)", "jax.tree.map(lambda x: x[:1]."
                                    "repeat(config.num_updates, 0), draw(run.buffer, key, size, config))", REFRESH),
-    "leaves have the parent's value": (MUZERO, "            policy, value = agent.predict(latent)\n",
-                                       "            policy, value = agent.predict(before)\n", SEARCH),
+    "leaves have the parent's value": (MUZERO, "agent.predict(leaf)", "agent.predict(latent)",
+                                       "test_leaves_have_their_own_values"),
     "reward not transformed": (MUZERO, "reward = from_bins(jax.nn.softmax(reward), agent.config.value_bound)",
                                "reward = jax.nn.softmax(reward).max(axis=-1)", SEARCH),
     "no discount in the tree": (MUZERO, "discount = agent.config.discount * jax.nn.sigmoid(-end)",
