@@ -18,18 +18,18 @@ def draw_tree(path, tree):
     children, visits = np.asarray(tree.children_index), np.asarray(tree.children_visits)
     place, depth = layout(children)
     value, discount = np.asarray(tree.node_values), np.asarray(tree.children_discounts)
-    q = np.asarray(tree.children_rewards[0]) + discount[0] * np.asarray(tree.children_values[0])
+    q = np.asarray(tree.children_rewards) + discount * np.asarray(tree.children_values)
     prior = np.asarray(tree.children_prior_logits[0], np.float64)
     prior = np.exp(prior - prior.max()) / np.exp(prior - prior.max()).sum()
-    best = principal(children, visits)
+    best = principal(children, visits, q)
     num_actions = len(prior)
     with figure(path, ncols=2, figsize=(11, 4.5), width_ratios=[1, 2]) as (fig, (root, whole)):
         x = np.arange(num_actions)
         root.bar(x - 0.2, visits[0] / max(visits[0].sum(), 1), 0.4, color="tab:blue", label="visits")
         root.bar(x + 0.2, prior, 0.4, color="tab:grey", label="prior")
         for a in np.flatnonzero(visits[0]):
-            root.annotate(f"{q[a]:.3g}", (a, max(visits[0, a] / visits[0].sum(), prior[a])), ha="center", va="bottom",
-                          fontsize=8)
+            top = max(visits[0, a] / visits[0].sum(), prior[a])
+            root.annotate(f"{q[0, a]:.3g}", (a, top), ha="center", va="bottom", fontsize=8)
         root.set(xlabel="action", xticks=x, ylim=(0, 1.1), title=f"root: value {value[0]:.4g}")
         root.legend()
         for node, action in np.argwhere(children != UNVISITED):
@@ -39,7 +39,8 @@ def draw_tree(path, tree):
                        color="tab:orange" if on_line else "lightgrey", linewidth=0.8 + 0.3 * visits[node, action]**0.5)
             if num_actions <= 9 and len(place) <= 64:
                 whole.annotate(f"{action}", ((place[node] + place[child]) / 2, -(depth[node] + depth[child]) / 2),
-                               fontsize=7, ha="center", va="center", color="tab:orange" if on_line else "grey")
+                               fontsize=7, ha="center", va="center", color="tab:orange" if on_line else "grey",
+                               bbox=dict(color="white", pad=1))
         seen = sorted(place)
         dots = whole.scatter([place[n] for n in seen], [-depth[n] for n in seen], c=value[seen], s=40, zorder=3)
         fig.colorbar(dots, ax=whole, label="value")
@@ -63,10 +64,11 @@ def layout(children):
     return place, depth
 
 
-def principal(children, visits):
-    """The nodes from the root down, each the most visited child of the one before."""
+def principal(children, visits, q):
+    """The nodes from the root down, each the most visited child of the one before; of several the one with most value:
+    Gumbel's search visits good actions equally often."""
     line, node = [0], 0
     while visits[node].any():
-        node = int(children[node, visits[node].argmax()])
+        node = int(children[node, np.where(visits[node] == visits[node].max(), q[node], -np.inf).argmax()])
         line.append(node)
     return line

@@ -20,11 +20,12 @@ LAYOUT, LINE, DRAWN, STEPS = ("test_parents_stand_over_the_middle_of_their_child
 PLANTED_ERRORS = {
     "a parent over its first child": (TREES, "np.mean([place[child] for child in below])", "place[below[0]]", LAYOUT),
     "all on one level": (TREES, "visit(child, level + 1)", "visit(child, level)", LAYOUT),
-    "the least visited line": (TREES, "visits[node].argmax()", "visits[node].argmin()", LINE),
+    "the least visited line": (TREES, "visits[node] == visits[node].max()", "visits[node] == visits[node].min()", LINE),
+    "the worst of the most visited": (TREES, "q[node], -np.inf).argmax()", "-q[node], -np.inf).argmax()", LINE),
     "a line without its last state": (TREES, "        line.append(node)\n", "        line.insert(0, node)\n", LINE),
-    "values without rewards": (TREES, "q = np.asarray(tree.children_rewards[0]) + ", "q = ", DRAWN),
-    "values without discount": (TREES, "discount[0] * np.asarray(tree.children_values[0])",
-                                "np.asarray(tree.children_values[0])", DRAWN),
+    "values without rewards": (TREES, "q = np.asarray(tree.children_rewards) + ", "q = ", DRAWN),
+    "values without discount": (TREES, "discount * np.asarray(tree.children_values)",
+                                "np.asarray(tree.children_values)", DRAWN),
     "visits not shared out": (TREES, "visits[0] / max(visits[0].sum(), 1), 0.4", "visits[0], 0.4", DRAWN),
     "logits for a prior": (TREES, "root.bar(x + 0.2, prior,", "root.bar(x + 0.2, tree.children_prior_logits[0],",
                            DRAWN),
@@ -54,9 +55,12 @@ def test_parents_stand_over_the_middle_of_their_children():
 
 
 def test_the_principal_line():
-    """Of equally often visited children the first."""
-    tree = a_tree()
-    assert trees.principal(tree.children_index, tree.children_visits) == [0, 2, 3]
+    """Of equally often visited children the one with the higher value."""
+    tree, q = a_tree(), np.zeros((6, 3))
+    q[0] = [9, 1, 1]
+    assert trees.principal(tree.children_index, tree.children_visits, q) == [0, 2, 3]
+    q[2] = [9, 1, 2]
+    assert trees.principal(tree.children_index, tree.children_visits, q) == [0, 2, 4]
 
 
 def test_what_is_drawn(tmp_path, monkeypatch):
