@@ -20,7 +20,7 @@ Kept: `Run`: network and optimiser, buffer (a row holds one move of all environm
 checkpoint is `Run`, with the buffer in it.
 Decides: num_simulations; num_updates for num_envs · num_steps moves.
 Cost: a search takes num_simulations passes of f and moves of the game; an update takes 3 of f.
-Expect: configs/alphazero_tic_tac_toe.py: 0.91 against a greedy player after 200k moves (4 seeds), 31 s a seed on 2 CPU cores.
+Expect: configs/alphazero_tic_tac_toe.py: 0.91 against a greedy player after 200k moves (4 seeds), 31 s a seed.
 """
 import pathlib
 from typing import Any, NamedTuple
