@@ -1,21 +1,21 @@
-"""AlphaZero: search in the rules of the game (Silver et al., 2018, doi.org/10.1126/science.aar6404), by Gumbel's way.
+"""AlphaZero: search in the rules of the game (Silver et al., 2018, doi.org/10.1126/science.aar6404).
 Child of muzero.py; the diff is the method.
 
     p, v = f(s)                                                                                    Network
          s the board as the player sees it whose turn it is; p, v what is predicted of policy and outcome
-    π    = a tree search from s, whose transitions are the rules: what is good for the next player counts  search
-         against this one, so the discount is −1, and 0 where the game ended
+    π    = a tree search from s, whose transitions are the rules of the game                       search
+         the next value belongs to the other player: the discount is −1, and 0 where the game ended
     z_t  = r_t − r_{t+1} + r_{t+2} − …  to the end of the game: its outcome for the player who moves at t  targets
     L    = E [CE(π_t, p) + (z_t − v)²]                                                             Agent.loss
 
-    train_step   num_steps times, in every environment: search, move, store s, r, whether it ended, π; both players
+    train_step   num_steps times, in every environment: search, move, store s, r, whether it ended, π. Both players
                  are this agent
                  num_updates times: draw batch_size starts t, uniform; one step of Adam on L
 
 Ends: at the end of a game nothing follows. The next game starts by itself.
-Random: first weights (agent_key), who starts (reset_key, env_key), Gumbel noise (search_key), minibatches (draw_key).
+Random: first weights (agent_key), who starts (reset_key, env_key), Gumbel noise (search_key), minibatches (update_key).
 Departures: Gumbel's search (Danihelka et al., 2022) and its policy; the paper's has Dirichlet noise at the root and
-teaches the visits. A perceptron sees the board; no symmetry is used.
+teaches the visits. A perceptron sees the board; no symmetry is used. Weights decay by AdamW, at a constant rate.
 Kept: `Run`: network and optimiser, buffer (a row holds one move of all environments), games and observations, clock. A
 checkpoint is `Run`, with the buffer in it.
 Decides: num_simulations; num_updates for num_envs · num_steps moves.

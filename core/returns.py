@@ -61,8 +61,8 @@ def n_step_returns(
 
 
 def to_bins(x: jax.Array, bound: float, num_bins: int) -> jax.Array:
-    """[...] -> weights [..., num_bins] of numbers evenly spaced in [−bound, bound], whose mean is h(x), clipped there:
-    weights of the two neighbours (Schrittwieser et al., 2020, Appendix F).
+    """x [...] -> weights [..., num_bins] of bins, which are numbers evenly spaced in [−bound, bound] (Schrittwieser et
+    al., 2020, Appendix F). The two bins beside h(x) share the weight 1, so that the mean is h(x), clipped to the bound.
 
         h(x) = sign(x) (√(|x| + 1) − 1) + 0.001 x
     """
@@ -72,7 +72,8 @@ def to_bins(x: jax.Array, bound: float, num_bins: int) -> jax.Array:
 
 
 def from_bins(weights: jax.Array, bound: float) -> jax.Array:
-    """Weights [..., num_bins] -> h⁻¹ of their mean [...]; without the difference of nearly equal numbers."""
+    """Weights [..., num_bins] -> h⁻¹ of their mean [...]. The usual form subtracts 1 from √(1 + 4 ε y), which is little
+    more than 1: in float32 a small number would lose its digits. This form does not."""
     h = weights @ jnp.linspace(-bound, bound, weights.shape[-1])
     y = jnp.abs(h) + 1 + EPSILON  # h⁻¹(h) = sign(h) (u² − 1),  u = (√(1 + 4 ε y) − 1) / 2 ε = 2 y / (√(1 + 4 ε y) + 1)
     return jnp.sign(h) * (jnp.square(2 * y / (jnp.sqrt(1 + 4 * EPSILON * y) + 1)) - 1)

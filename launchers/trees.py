@@ -11,9 +11,9 @@ UNVISITED = -1
 def draw_tree(path, tree):
     """Write the picture of `tree`, one (unbatched) tree of mctx.
 
-    Left, for each action at the root: its share of the visits, and its probability before the search; above the bars
-    its value in the tree. Right: a circle for each state that was reached, coloured by its value, and lines as thick as
-    they were travelled. The principal line, that of the most visited children, is orange.
+    Left, for each action at the root: its share of the visits, and its probability before the search. The number above
+    is its value in the tree. Right: a circle is a state that the search reached; its colour is its value. A thick line
+    was visited often. The principal line, that of the most visited children, is orange.
     """
     children, visits = np.asarray(tree.children_index), np.asarray(tree.children_visits)
     place, depth = layout(children)
@@ -65,8 +65,8 @@ def layout(children):
 
 
 def principal(children, visits, q):
-    """The nodes from the root down, each the most visited child of the one before; of several the one with most value:
-    Gumbel's search visits good actions equally often."""
+    """The nodes of the principal line, from the root down: each is the most visited child of the one before. Gumbel's
+    search often visits two children equally often; then it is the one of higher value."""
     line, node = [0], 0
     while visits[node].any():
         node = int(children[node, np.where(visits[node] == visits[node].max(), q[node], -np.inf).argmax()])

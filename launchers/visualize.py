@@ -92,7 +92,7 @@ def draw_search(folder, path, seed_index, steps, settings, eval_seed, best):
 
 
 def policy_of(folder, seed_index, settings, eval_seed, best):
-    """(algorithm, run of one seed, environment's name and settings, key) as films and trees need them."""
+    """(algorithm, config, run of one seed, the evaluation environment's name and settings, key of the episodes)."""
     algorithm, config, run, meta = load(folder, best)
     num_seeds = len(jax.tree.leaves(run)[0])
     if not 0 <= seed_index < num_seeds:

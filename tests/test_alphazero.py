@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 import pytest
 
 from algorithms import alphazero
@@ -43,6 +44,10 @@ PLANTED_ERRORS = {  # and the test that has to notice
     "evaluation with noise": (ZERO, "run.agent.search(obs, key, 0.0)[0]", "run.agent.search(obs, key, 1.0)[0]", GREEDY),
     "training without noise": (ZERO, "run.agent.search(run.obs, search_key, 1.0)",
                                "run.agent.search(run.obs, search_key, 0.0)", STORED),
+    "gradients not clipped": (ZERO, "optax.clip_by_global_norm(config.max_grad_norm)", "optax.identity()",
+                              "test_the_optimiser_is_clipped_adamw"),
+    "weights do not decay": (ZERO, "config.lr, weight_decay=config.weight_decay", "config.lr, weight_decay=0.0",
+                             "test_the_optimiser_is_clipped_adamw"),
     "updates not counted": (ZERO, "clock=run.clock.tick(updates=config.num_updates)", "clock=run.clock", CLOCK),
     "any environment": (ZERO, 'actions=(Discrete,), offers=("move",))', "actions=(Discrete,))",
                         "test_mistakes_are_named"),
@@ -207,6 +212,21 @@ def test_the_clock_counts_what_was_taken():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(info))
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), run.agent.network.params, later.agent.network.params)
     assert all(jax.tree.leaves(moved))
+
+
+def test_the_optimiser_is_clipped_adamw():
+    run, *_ = start(max_grad_norm=0.01, weight_decay=0.1)
+    network = run.agent.network
+    tx = optax.chain(optax.clip_by_global_norm(0.01), optax.adamw(0.01, weight_decay=0.1))
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda x: jnp.float32(rng.normal(size=x.shape)), network.params)
+    params, state, own, own_state = network.params, tx.init(network.params), network.params, network.opt_state
+    for scale in (1.0, 0.1):  # clipped they are the same
+        scaled = jax.tree.map(lambda x, scale=scale: scale * x, grads)
+        updates, state = tx.update(scaled, state, params)
+        own_updates, own_state = network.tx.update(scaled, own_state, own)
+        params, own = optax.apply_updates(params, updates), optax.apply_updates(own, own_updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), own, params)
 
 
 def lost_games(act, env, first):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 import pytest
 from flax import struct
 
@@ -24,6 +25,7 @@ NETWORK, LOSS, TARGETS, DRAW, REFRESH, SEARCH, IMPROVES, STORED, AGAIN, GREEDY, 
     "test_gumbel_improves_the_policy_of_tabular_problems", "test_what_is_stored_is_what_was_played",
     "test_old_steps_are_searched_again", "test_evaluation_has_no_noise", "test_the_clock_counts_what_was_taken",
     "test_forbidden_actions_are_never_taken")
+OPTIMISER, SIZE = "test_the_optimiser_is_clipped_annealed_adamw", "test_as_many_simulations_as_asked_for"
 RANGE, EXPLORES = "test_values_are_divided_by_their_range_in_the_tree", "test_random_actions_are_as_many_as_asked_for"
 PLANTED_ERRORS = {  # and the test that has to notice
     "latent states not stretched": (MUZERO, "return (x - low) / jnp.maximum(high - low, 1e-5)", "return x", NETWORK),
@@ -129,6 +131,19 @@ PLANTED_ERRORS = {  # and the test that has to notice
     "old policies stay": (MUZERO, 'policy=data["policy"].at[index].set(policy)', 'policy=data["policy"]', AGAIN),
     "twice as many searched again": (MUZERO, "round(config.reanalyse * ", "round(2 * config.reanalyse * ", AGAIN),
     "evaluation with noise": (MUZERO, "search(obs, key, 0.0, 0.0)[0]", "search(obs, key, 1.0, 1.0)[0]", GREEDY),
+    "gradients not clipped": (MUZERO, "optax.clip_by_global_norm(config.max_grad_norm)", "optax.identity()", OPTIMISER),
+    "learning rate stays": (MUZERO, "optax.adamw(schedule,", "optax.adamw(config.lr,", OPTIMISER),
+    "a schedule too long": (MUZERO, "(config.env_steps - config.random_steps) // (", "config.env_steps // (",
+                            OPTIMISER),
+    "a schedule too short": (MUZERO, "(config.num_envs * config.num_steps) * config.num_updates\n",
+                             "(config.num_envs * config.num_steps)\n", OPTIMISER),
+    "weights do not decay": (MUZERO, "schedule, weight_decay=config.weight_decay", "schedule, weight_decay=0.0",
+                             OPTIMISER),
+    "all actions considered": (MUZERO, "max_num_considered_actions=self.config.max_considered, ", "", SIZE),
+    "one simulation too few": (MUZERO, "self, key, root, step, self.config.num_simulations, invalid,\n                "
+                               "max_", "self, key, root, step, self.config.num_simulations - 1, invalid,\n"
+                               "                max_", SIZE),
+    "no noise at the root": (MUZERO, "dirichlet_fraction=0.25 * noise", "dirichlet_fraction=0.0", SIZE),
     "updates not counted": (MUZERO, "clock=run.clock.tick(updates=config.num_updates)", "clock=run.clock", CLOCK),
     "continuous actions": (MUZERO, "require(source, config, actions=(Discrete,))", "require(source, config)",
                            "test_mistakes_are_named"),
@@ -667,6 +682,42 @@ def test_the_clock_counts_what_was_taken():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(info))
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), run.agent.model.params, after.agent.model.params)
     assert all(jax.tree.leaves(moved))
+
+
+def test_the_optimiser_is_clipped_annealed_adamw():
+    """By hand, over the whole budget: 22 iterations of 3 updates. With the last one the learning rate is 0."""
+    run, *_ = start(Walk(), max_grad_norm=0.01, weight_decay=0.1)
+    model = run.agent.model
+    tx = optax.chain(optax.clip_by_global_norm(0.01), optax.adamw(optax.linear_schedule(0.01, 0.0, 66),
+                                                                  weight_decay=0.1))
+    rng = np.random.default_rng(0)
+    steps = [jax.tree.map(lambda x: jnp.float32(rng.normal(size=x.shape)), model.params) for _ in range(3)]
+    params, state, own, own_state = model.params, tx.init(model.params), model.params, model.opt_state
+    step, own_step = jax.jit(tx.update), jax.jit(model.tx.update)
+    for i in range(67):
+        grads = jax.tree.map(lambda x, i=i: x / (i + 1), steps[i % 3])  # unclipped they would fade
+        updates, state = step(grads, state, params)
+        own_updates, own_state = own_step(grads, own_state, own)
+        params, own = optax.apply_updates(params, updates), optax.apply_updates(own, own_updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), own, params)
+    assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(own_updates)) < 1e-8
+
+
+@pytest.mark.parametrize("search", ["gumbel", "puct"])
+def test_as_many_simulations_as_asked_for(search):
+    """And Gumbel's search tries no more actions at the root than it should."""
+    table, _, _ = tabular(0)
+    agent = agent_of(table, search=search, num_simulations=12, max_considered=2)
+    _, policy, _, tree = jax.jit(lambda obs, key: agent.search(obs, key, 1.0, 1.0))(
+        jnp.zeros((30, 1)), jax.random.key(0))
+    visits = np.asarray(tree.summary().visit_counts)
+    np.testing.assert_array_equal(visits.sum(axis=1), 12)
+    if search == "gumbel":
+        np.testing.assert_array_equal((visits > 0).sum(axis=1), 2)
+        assert len(np.unique(visits > 0, axis=0)) > 3  # not the same two every time
+    else:
+        np.testing.assert_allclose(policy, visits / 12, rtol=1e-5)
+        assert len(np.unique(visits, axis=0)) > 1  # noise at the root
 
 
 LEARNING = dict(num_envs=8, num_steps=4, num_updates=8, env_steps=80 * 32 + 128, random_steps=128, batch_size=32,
