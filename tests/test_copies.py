@@ -25,6 +25,7 @@ from tests.keys import assert_once, with_keys
 
 ROOT = pathlib.Path(__file__).parents[1]
 BATCH, OWN_KEYS = "core/envs/batch.py", "test_environments_and_seeds_act_on_their_own"
+SEARCHING = ("muzero", "stochastic_muzero", "alphazero")
 SPLIT, SHARED = "jax.random.split(key, len(obs))", "jnp.broadcast_to(key, (len(obs),))"
 PLANTED_ERRORS = {
     "environments reset alike": (BATCH, "jax.vmap(env.reset)(jax.random.split(key, num_envs))",
@@ -43,10 +44,10 @@ PLANTED_ERRORS = {
         f"algorithms/{name}.py", f"source.reset({key})", "source.reset(agent_key)",
         f"test_every_key_of_a_method_serves_once[{name}]")
        for name, key in (("sac", "reset_key"), ("crossq", "reset_key"), ("pqn", "env_key"), ("muzero", "reset_key"),
-                         ("alphazero", "reset_key"))},
+                         ("stochastic_muzero", "reset_key"), ("alphazero", "reset_key"))},
     **{f"{name}: the environment draws from the key of the search": (
         f"algorithms/{name}.py", "source.step(env_key,", "source.step(search_key,",
-        f"test_every_key_of_a_method_serves_once[{name}]") for name in ("muzero", "alphazero")},
+        f"test_every_key_of_a_method_serves_once[{name}]") for name in SEARCHING},
     "muzero: all old steps are searched with the keys that drew them": (
         "algorithms/muzero.py", 'data["obs"][index], search_key,', 'data["obs"][index], index_key,',
         "test_every_key_of_a_method_serves_once[muzero]"),
@@ -179,7 +180,7 @@ def get_config(name):
                  num_minibatches=3, num_epochs=2, num_updates=2, horizon=3, kept_elites=2, about="params", window=3,
                  rollout_steps=2, hidden_dims=(4,), critic_dims=(4,), buffer_size=64, batch_size=5, policy_delay=1,
                  unroll=1, n_step=1, num_simulations=2, latent_dim=3,
-                 final_epsilon=1.0)
+                 num_codes=2, final_epsilon=1.0)
     config.update({key: size for key, size in sizes.items() if key in config})
     if "planner" in config:
         config.planner.update(num_samples=32, num_elites=4, num_iterations=1)
@@ -197,7 +198,7 @@ def trained(name) -> tuple[Any, Any, Any]:
     """(runs [S, ...] before training, and after it, all keys that this took, and that acting and measuring take)."""
     algorithm, config = importlib.import_module(f"algorithms.{name}"), get_config(name)
     # Among so many actions no two copies choose the same one.
-    choices = dict(action_space=Discrete(100_000)) if name in ("pqn", "muzero", "alphazero") else {}
+    choices = dict(action_space=Discrete(100_000)) if name in ("pqn", *SEARCHING) else {}
     source = Batch(Witness(AGENTS if name == "ippo" else 0, **choices), ENVS)
     if name == "alphazero":
         source = Batch(Board(max_steps=3, **choices), ENVS)
@@ -220,7 +221,7 @@ def trained(name) -> tuple[Any, Any, Any]:
 
     with jax.debug_key_reuse(False):  # it misfires on a scan over keys under vmap
         (start, run, *_), used = jax.jit(with_keys(seed))(jax.random.split(jax.random.key(0), SEEDS))
-        if name in ("muzero", "alphazero"):  # a search of two rounds is none
+        if name in SEARCHING:  # a search of two rounds is none
             run = jax.jit(seed)(jax.random.split(jax.random.key(0), SEEDS))[1]
     return start, run, used
 

@@ -25,8 +25,8 @@ from launchers.train import train
 
 ROOT = pathlib.Path(__file__).parents[1]
 PPO, PETS, EKF = (f"--config=algorithms/{name}.py" for name in ("ppo", "pets", "ekf_lqr"))
-SAC, CROSSQ, PQN, MUZERO, ZERO = (f"--config=algorithms/{name}.py" for name in (
-    "sac", "crossq", "pqn", "muzero", "alphazero"))
+SAC, CROSSQ, PQN, MUZERO, CHANCE, ZERO = (f"--config=algorithms/{name}.py" for name in (
+    "sac", "crossq", "pqn", "muzero", "stochastic_muzero", "alphazero"))
 POLE, TRACKING, OFFLINE = "--config=configs/icem_online_longer_pole.py", "--config=algorithms/ippo.py", (
     "--config=algorithms/dynamics.py")
 
@@ -60,6 +60,7 @@ NUMBERS = {  # of every config, and what it may not be
                  value_bound=(0, -1), unroll=(0,), n_step=(0,), priority_exponent=(-0.1, 2), reanalyse=(-1, 1.1),
                  epsilon=(-0.1, 1.1), weight_decay=(0,), latent_dim=(0,), channels=(-1,), random_steps=(0, 64),
                  buffer_size=(0, 32), discount=(1.5,)),
+    CHANCE: dict(num_codes=(0,), commitment=(0, -1), num_simulations=(0,), **{"env_kwargs.side": (1, 5, 2.5)}),
     ZERO: dict(num_simulations=(0,), max_considered=(0,), random_steps=(64,), buffer_size=(64,),
                hidden_dims=("(0,)",), **{"env_kwargs.opponent": ("me",)}),
 }
@@ -122,6 +123,8 @@ train $MUZERO --config.env=gymnax/Pendulum-v1                               | co
 train $MUZERO --config.env=pursuit_evasion                                  | several agents
 train $MUZERO --config.env=gymnax/Breakout-MinAtar                          | channels
 train $MUZERO --config.random_steps=200000                                  | no iteration
+train $CHANCE --config.search=gumbel                                          | search
+train $CHANCE --config.env_kwargs.sides=3                                     | sides
 train $ZERO --config.env=pgx/tictactoe                                      | tic_tac_toe
 train $ZERO --config.env_kwargs.reveal=False                                | reveal
 train $ZERO --config.eval_env_kwargs.oponent=random                         | oponent
@@ -323,8 +326,8 @@ def rows():
             for value in values:
                 typed = f"{key}={value}"
                 yield "train", [config, f"--config.{typed}"], CULPRITS.get(typed, key.rpartition(".")[2])
-    names = dict(PPO=PPO, PETS=PETS, EKF=EKF, SAC=SAC, CROSSQ=CROSSQ, PQN=PQN, MUZERO=MUZERO, ZERO=ZERO, POLE=POLE,
-                 TRACKING=TRACKING, OFFLINE=OFFLINE)
+    names = dict(PPO=PPO, PETS=PETS, EKF=EKF, SAC=SAC, CROSSQ=CROSSQ, PQN=PQN, MUZERO=MUZERO, CHANCE=CHANCE, ZERO=ZERO,
+                 POLE=POLE, TRACKING=TRACKING, OFFLINE=OFFLINE)
     for line in TYPED.strip().splitlines():
         words, culprit = line.split(" | ")
         for name, value in names.items():
