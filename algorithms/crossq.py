@@ -36,7 +36,7 @@ observations, clock. A checkpoint is `Run`, with the buffer in it.
 Decides: critic_dims; lr; norm_momentum (not measured here).
 Cost: an update with critic_dims (256, 256) and batch_size 256 takes 0.6 GFLOP, as much as one of SAC: the critic's pass
 has twice the rows, and π learns every third time. With (2048, 2048) it takes 29 GFLOP.
-Expect: configs/crossq_pendulum.py: about −150 after 20k steps, as SAC (8 seeds).
+Expect: configs/crossq_half_cheetah.py: 7,665 after 100k steps with critics 256 wide (4 seeds); SAC has 5,178.
 """
 import pathlib
 from typing import Any, NamedTuple
