@@ -197,10 +197,10 @@ class Agent(struct.PyTreeNode):
         found = mctx.stochastic_muzero_policy(
             self, key, root, decide, happen, self.config.num_simulations, invalid,
             dirichlet_fraction=0.25 * noise, temperature=noise * temperature)
-        tree, tried = found.search_tree.summary(), slice(policy.shape[1])  # behind the actions: outcomes of chance
-        weight = found.action_weights[:, tried] * (tree.visit_counts[:, tried] > 0)
-        value = (weight * tree.qvalues[:, tried]).sum(axis=-1) / weight.sum(axis=-1)
-        return found.action, found.action_weights[:, tried], value, found.search_tree
+        tree = found.search_tree.summary()
+        weight = found.action_weights * (tree.visit_counts > 0)
+        value = (weight * tree.qvalues).sum(axis=-1) / weight.sum(axis=-1)
+        return found.action, found.action_weights, value, found.search_tree
 
     def loss(self, params, batch):
         # obs, next_obs (K, B, ...), action, reward, end (K, B), policy (K + 1, B, A), target (K + 1, B)

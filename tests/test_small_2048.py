@@ -14,8 +14,8 @@ ENV = "core/envs/small_2048.py"
 RULES, SPAWN, EPISODE, SEEN = ("test_moves_against_plain_python", "test_where_tiles_appear",
                                "test_episodes_are_games", "test_what_is_seen")
 PLANTED_ERRORS = {  # and the test that has to notice
-    "joined tiles join again": (ENV, ".at[:, i + 1].multiply(~same)", ".at[:, i + 1].multiply(~same)\n        board = "
-                                "together(board)", RULES),
+    "tiles at the far side join first": (ENV, "for i in range(board.shape[1] - 1):", "for i in reversed(range("
+                                        "board.shape[1] - 1)):", RULES),
     "gaps stay": (ENV, "    return together(board), reward", "    return board, reward", RULES),
     "empty cells join": (ENV, "& (board[:, i] > 0)", "", RULES),
     "reward of the tiles that were there": (ENV, "2.0 ** board[:, i]", "2.0 ** (board[:, i] - 1)", RULES),

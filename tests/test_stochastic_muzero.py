@@ -60,10 +60,8 @@ PLANTED_ERRORS = {  # and the test that has to notice
                                "reward = jax.nn.softmax(reward).max(axis=-1)", SEARCH),
     "leaves have no value": (FILE, "action_logits=policy, value=value,", "action_logits=policy, value=0 * value,",
                              SEARCH),
-    "the policy holds outcomes": (FILE, "return found.action, found.action_weights[:, tried], value",
-                                  "return found.action, found.action_weights, value", SEARCH),
-    "value of all children": (FILE, "value = (weight * tree.qvalues[:, tried]).sum(axis=-1) / weight.sum(axis=-1)",
-                              "value = tree.value", SEARCH),
+    "value of the whole tree": (FILE, "value = (weight * tree.qvalues).sum(axis=-1) / weight.sum(axis=-1)",
+                                "value = tree.value", SEARCH),
     "noise in evaluation": (FILE, "dirichlet_fraction=0.25 * noise", "dirichlet_fraction=0.25", SEARCH),
     "the start of the next episode": (FILE, "row = dict(obs=run.obs, next_obs=step.next_obs,",
                                       "row = dict(obs=run.obs, next_obs=step.obs,", STORED),
@@ -201,12 +199,12 @@ def test_targets_have_pairs_of_observations():
     rng = np.random.default_rng(0)
     _, buffer = test_muzero.a_buffer()
     data = buffer.data | dict(next_obs=jnp.float32(rng.normal(size=buffer.data["obs"].shape)))
-    row, env = jnp.array([5, 9, 11, 0]), jnp.array([0, 1, 1, 0])
+    row, env = (jnp.array(x) for x in zip(*((t % 12, e) for t in range(5, 12) for e in range(2)), strict=True))
     found = jax.jit(functools.partial(stochastic_muzero.targets, config=config))(data, row, env)
     expected = jax.jit(functools.partial(muzero.targets, config=parent))(data, row, env)
     for name in expected.keys() - {"obs"}:
         np.testing.assert_array_equal(found[name], expected[name])
-    assert data["truncated"].any() and data["terminated"].any()
+    assert data["truncated"][row, env].any() and data["terminated"][row, env].any()
     for k in range(2):
         for name in ("obs", "next_obs"):
             np.testing.assert_array_equal(found[name][k], data[name][(row + k) % 12, env])
@@ -248,14 +246,21 @@ def test_search_waits_for_chance():
     agent = stochastic_muzero.Agent(Table(), config, False)
     search = jax.jit(lambda obs, key: agent.search(obs, key, 0.0, 0.0))
     action, policy, value, tree = search(jnp.zeros((1, 1)), jax.random.key(0))
-    q, visits = tree.summary().qvalues[0, :3], np.asarray(tree.summary().visit_counts[0])
+    q, visits = tree.summary().qvalues[0], np.asarray(tree.summary().visit_counts[0])
     assert action[0] == 1 and policy.shape == (1, 3) and policy[0, 1] > 0.7
     np.testing.assert_allclose(q[0], 0.45, atol=0.01)
     assert 0.6 < q[1] < 0.8 and 0.15 < q[2] < 0.4
     np.testing.assert_allclose(value[0], (policy[0] * q).sum(), rtol=1e-4)
     assert visits.sum() == 2000
+    nodes = tree.embeddings.is_decision_node[0] & (tree.node_visits[0] > 0)
+    states = tree.embeddings.state_embedding[0, nodes, 0].astype(int)
+    np.testing.assert_allclose(tree.raw_values[0, nodes], np.array([0.3, 0.6, 0.6, -5.0])[states], rtol=1e-3)
     again = search(jnp.zeros((1, 1)), jax.random.key(1))[1]
     np.testing.assert_array_equal(again, policy)
+    _, config = make(Walk(), value_bound=20.0, num_simulations=1, num_codes=2)
+    agent = stochastic_muzero.Agent(Table(), config, False)
+    _, _, value, _ = jax.jit(lambda obs, key: agent.search(obs, key, 0.0, 0.0))(jnp.zeros((1, 1)), jax.random.key(0))
+    np.testing.assert_allclose(value, 0.4, rtol=1e-3)  # of the afterstate that was reached first
 
 
 def test_the_true_successor_is_stored():
