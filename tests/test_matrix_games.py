@@ -6,15 +6,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from core.envs import Batch, infinite_matrix_game, iterated_matrix_game, make_env
+from configs import ppo_ipd_tft
+from core.envs import Batch, fixed_coplayer, infinite_matrix_game, iterated_matrix_game, make_env
 from core.errors import UserError
 from core.evaluation import evaluate, score
+from launchers.runs import load
+from launchers.train import train
 
-INFINITE, ITERATED = "core/envs/infinite_matrix_game.py", "core/envs/iterated_matrix_game.py"
+INFINITE, ITERATED, FIXED = (f"core/envs/{name}.py" for name in (
+    "infinite_matrix_game", "iterated_matrix_game", "fixed_coplayer"))
 SERIES, SLOPES, ANCHORS = ("test_the_value_is_its_power_series", "test_slopes_are_finite_differences",
                            "test_known_pairs_of_policies")
 ROUNDS, PLAYED, STEP = ("test_rounds_by_hand", "test_played_games_earn_what_the_series_says",
                         "test_a_step_is_the_whole_game")
+RULES = "test_co_players_answer_by_their_rules"
 PLANTED_ERRORS = {  # and the test that has to notice
     "the second player sees with the first one's eyes": (INFINITE, "np.array([0, 1, 3, 2, 4])",
                                                          "np.array([0, 1, 2, 3, 4])", SERIES),
@@ -71,6 +76,26 @@ PLANTED_ERRORS = {  # and the test that has to notice
     "one round more": (ITERATED, "t >= self.max_steps", "t > self.max_steps", ROUNDS),
     "rounds counted in a byte": (ITERATED, "State(jnp.int32(0), jnp.int32(0))", "State(jnp.int32(0), jnp.int8(0))",
                                  "test_more_rounds_than_a_byte_counts"),
+    "tit-for-tat begins with a defection": (FIXED, "tit_for_tat=(1.0, 1.0, 0.0", "tit_for_tat=(0.0, 1.0, 0.0", RULES),
+    "tit-for-tat copies itself": (FIXED, "tit_for_tat=(1.0, 1.0, 0.0, 1.0, 0.0)",
+                                  "tit_for_tat=(1.0, 1.0, 1.0, 0.0, 0.0)", RULES),
+    "grim forgives": (FIXED, "grim=(1.0, 1.0, 0.0, 0.0, 0.0)", "grim=(1.0, 1.0, 0.0, 1.0, 0.0)", RULES),
+    "the co-player has the agent's view": (FIXED, "self.game.observe(state.outcome)[1]",
+                                           "self.game.observe(state.outcome)[0]", RULES),
+    "the agent has the co-player's view": (FIXED, "obs=step.obs[0], next_obs=step.next_obs[0]",
+                                           "obs=step.obs[1], next_obs=step.next_obs[1]", RULES),
+    "the agent earns the co-player's payoff": (FIXED, "reward=step.reward[0]", "reward=step.reward[1]", RULES),
+    "the co-player does the opposite": (FIXED, "jax.random.bernoulli(key, chance), 0, 1)",
+                                        "jax.random.bernoulli(key, chance), 1, 0)", RULES),
+    "the two act for each other": (FIXED, "jnp.stack([action, answer])", "jnp.stack([answer, action])", RULES),
+    "the random co-player is not": (FIXED, "random=(0.5,) * 5", "random=(1.0,) * 5",
+                                    "test_a_random_co_player_cooperates_half_of_the_time"),
+    "any name is a co-player": (FIXED, "if self.coplayer not in RULES:", "if False:",
+                                "test_settings_that_cannot_be_are_named"),
+    "payoffs of its own": (FIXED, "iterated_matrix_game.Env(self.payoff, self.max_steps)",
+                           "iterated_matrix_game.Env(max_steps=self.max_steps)", RULES),
+    "a time limit of its own": (FIXED, "iterated_matrix_game.Env(self.payoff, self.max_steps)",
+                                "iterated_matrix_game.Env(self.payoff)", RULES),
     "opponents' returns are added": (ITERATED, "num_agents, teams, action_space = 2, (0, 1)",
                                      "num_agents, teams, action_space = 2, (0, 0)", PLAYED),
 }
@@ -188,6 +213,8 @@ def test_settings_that_cannot_be_are_named():
         for settings in wrong + other:
             with pytest.raises(UserError, match=f'{[*settings][0]} = .* of environment "{name}"'):
                 make_env(name, 1, **settings)
+    with pytest.raises(UserError, match='coplayer = "tit" is none of tit_for_tat, grim'):
+        make_env("fixed_coplayer", 1, coplayer="tit")
     as_json = make_env("iterated_matrix_game", 1, payoff=[[0, 1], [2, 3], [4, 5], [6, 7]])
     _, step = as_json.step(jax.random.key(0), as_json.reset(jax.random.key(1))[0], jnp.array([[1, 0]]))
     np.testing.assert_array_equal(step.reward, [[4, 5]])
@@ -263,3 +290,41 @@ def test_the_closed_form_is_what_long_games_earn():
     sums = (0.5 ** np.arange(30)[:, None, None] * np.asarray(rewards)).sum(axis=0)
     closed = infinite_matrix_game.Env(UNEVEN, 0.5).values(logits_of(*policies))
     assert (np.abs(sums.mean(axis=0) - closed) < 4 * sums.std(axis=0) / 3000**0.5).all()
+
+
+@pytest.mark.parametrize("coplayer, answers", [
+    ("tit_for_tat", "CDDCCD"), ("grim", "CDDDDD"), ("always_cooperate", "CCCCCC"), ("always_defect", "DDDDDD")])
+def test_co_players_answer_by_their_rules(coplayer, answers):
+    """Against an agent that plays D, D, C, C, D, C."""
+    env = fixed_coplayer.Env(coplayer, UNEVEN, max_steps=6)
+    state, obs = env.reset(jax.random.key(0))
+    np.testing.assert_array_equal(obs, [1, 0, 0, 0, 0])
+    for t, (own, other) in enumerate(zip("DDCCDC", answers, strict=True)):
+        state, step = env.step(jax.random.key(t), state, jnp.int32("CD".index(own)))
+        outcome = ["CC", "CD", "DC", "DD"].index(own + other)
+        assert step.reward == UNEVEN[outcome][0] and not step.terminated and step.truncated == (t == 5)
+        np.testing.assert_array_equal(step.obs, np.eye(5)[outcome + 1])
+        np.testing.assert_array_equal(step.next_obs, step.obs)
+
+
+def test_a_random_co_player_cooperates_half_of_the_time():
+    env = Batch(fixed_coplayer.Env("random", max_steps=25), 400)
+    returns, _ = jax.jit(lambda key: evaluate(
+        lambda carry, obs, key: (carry, jnp.zeros(400, jnp.int32)), env, key))(jax.random.key(7))
+    assert abs(returns.mean() / 25 + 2) < 4 * 1.5 / 10_000**0.5  # -1 or -3, a round
+    assert 4 < returns.std() < 6  # 5, where every round is drawn anew
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("coplayer, a_round", [("tit_for_tat", -1), ("always_defect", -2), ("always_cooperate", 0)])
+def test_ppo_finds_the_best_answer(coplayer, a_round, tmp_path):
+    """And goes on to cooperate with tit-for-tat in at least 95% of the rounds where it draws its actions."""
+    config = ppo_ipd_tft.get_config()
+    config.env_kwargs.coplayer = coplayer
+    with jax.debug_key_reuse(False):
+        summary = train(config, num_seeds=4, workdir=str(tmp_path / "run"))
+    assert np.abs(np.array(summary["final"]["per_seed"]) / 100 - a_round).max() <= 0.05
+    _, _, run, _ = load(str(tmp_path / "run"))
+    with jax.numpy_rank_promotion("allow"):
+        cooperates = jax.vmap(lambda run: run.agent.actor_critic(jnp.eye(5), method="actor").probs[1, 0])(run)
+    assert (cooperates >= 0.95).all() if coplayer == "tit_for_tat" else (cooperates <= 0.05).all()

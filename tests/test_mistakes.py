@@ -131,6 +131,8 @@ train $LOLA --config.env=iterated_matrix_game                               | "v
 train $LOLA --config.env=gymnax/CartPole-v1                                 | "values"
 train $LOLA --config.env_kwargs.payof=1                                     | payoff
 train $PPO --config.env=iterated_matrix_game                                | several agents
+train $PPO --config.env=fixed_coplayer --config.env_kwargs.coplayer=me      | coplayer
+train $PPO --config.env=fixed_coplayer "--config.env_kwargs.payoff=((0,),)" | payoff
 train $TRACKING --config.env=iterated_matrix_game --config.env_kwargs.max_steps=0 | max_steps
 train $ZERO --config.env_kwargs.reveal=False                                | reveal
 train $ZERO --config.eval_env_kwargs.oponent=random                         | oponent
