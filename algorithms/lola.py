@@ -14,7 +14,7 @@ with the opponent j:
 
         θ_i <- θ_i + α ∂V_i/∂θ_i + α η (∂²V_j/∂θ_i∂θ_j)ᵀ ∂V_i/∂θ_j
 
-    which is the first order of `lookahead` in η, without the term in ∂²V_i/∂θ_i∂θ_j.
+    The slope of `lookahead` has the term (∂²V_i/∂θ_i∂θ_j) Δ_j besides, and all higher orders in η.
 
 form="taylor"     the paper's own form
 form="lookahead"  the derivative of the whole, through θ_j + Δ_j: the form of LOLA-DiCE (arXiv:1802.05098), exact here
