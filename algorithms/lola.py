@@ -22,7 +22,7 @@ form="naive"      gradient ascent of both players: what opponent shaping is comp
 
 Ends: none. The game goes on for ever, and its value is known in closed form (core/envs/infinite_matrix_game.py).
 Random: `init` draws the logits from key. Nothing else is drawn.
-Departures: α and η are ours: the paper states neither for its exact gradients.
+Departures: α = 1 and η = 3 are ours, the best of η = 1, 3 and 10 for `taylor`.
 Kept: `Run`: the logits of both players, the clock. A checkpoint holds `Run`, the number of the iteration and the sums
 since the last row of the log.
 Decides: form; opponent_lr; lr.
