@@ -27,8 +27,8 @@ Kept: `Run`: the logits of both players, the clock. A checkpoint holds `Run`, th
 since the last row of the log.
 Decides: form; opponent_lr; lr.
 Cost: one update is a gradient through a gradient of V, which solves four linear equations. All seeds are one program.
-Expect: a value per step of −1.02 ± 0.09, mean of 1,000 seeds, after 200 updates with configs/lola_ipd.py; more than −1.1
-for both players in 97% of the seeds. The look-ahead: −1.05 ± 0.16, 92%; naive: −1.98 ± 0.12, 2%. One to two seconds
+Expect: a value per step of −1.02 ± 0.09, mean of 1,000 seeds, after 200 updates with configs/lola_ipd.py; in 97% of the
+seeds both players have more than −1.1. The look-ahead: −1.05 ± 0.16, 92%; naive: −1.98 ± 0.12, 2%. One to two seconds
 for all seeds on 2 CPU cores, after 14 s of compilation.
 """
 import pathlib

@@ -165,7 +165,7 @@ def test_known_pairs_of_policies(payoff, discount, first, second, expected):
 
 def test_slopes_are_finite_differences():
     env, logits = infinite_matrix_game.Env(UNEVEN, 0.9), jax.random.normal(jax.random.key(1), (2, 5))
-    slopes = jax.jacrev(env.values)(logits)
+    slopes = jax.jit(jax.jacrev(env.values))(logits)
     h = 1e-5
     for i, j in itertools.product(range(2), range(5)):
         ends = []
@@ -178,7 +178,7 @@ def test_slopes_are_finite_differences():
 
 def test_what_one_wins_the_other_loses_in_matching_pennies():
     env = infinite_matrix_game.Env(PENNIES)
-    values = jax.vmap(env.values)(3 * jax.random.normal(jax.random.key(2), (16, 2, 5)))
+    values = jax.jit(jax.vmap(env.values))(3 * jax.random.normal(jax.random.key(2), (16, 2, 5)))
     np.testing.assert_allclose(values.sum(axis=1), 0, atol=1e-4)
     assert np.abs(values).max() > 1
 
