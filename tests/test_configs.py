@@ -78,7 +78,7 @@ def small(config):
     if "num_simulations" in config:  # its buffer holds whole windows before the first update
         config.update(num_envs=2, random_steps=20)
     source = config.env.split("/")[0]
-    limit = {} if source == "pgx" else {TIME_LIMIT[source] if "/" in config.env else "max_steps": 6}
+    limit = {TIME_LIMIT.get(source, "max_steps"): 6} if source not in ("pgx", "infinite_matrix_game") else {}
     with config.unlocked():
         config.smoke = {}
         config.env_kwargs = dict(config.get("env_kwargs", {})) | limit

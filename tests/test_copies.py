@@ -188,7 +188,7 @@ def get_config(name):
 
 
 ALGORITHMS = sorted(path.stem for path in (ROOT / "algorithms").glob("*.py") if path.stem != "__init__")
-ACTING = [name for name in ALGORITHMS if "dataset" not in get_config(name)]
+ACTING = [name for name in ALGORITHMS if "env_steps" in get_config(name)]  # others take no step of an environment
 ENVIRONMENTS = ["gymnax/CartPole-v1", *sorted(path.stem for path in (ROOT / "core" / "envs").glob("*.py")
                                               if "\nclass Env" in path.read_text() and "from_" not in path.stem)]
 
@@ -200,6 +200,8 @@ def trained(name) -> tuple[Any, Any, Any]:
     # Among so many actions no two copies choose the same one.
     choices = dict(action_space=Discrete(100_000)) if name in ("pqn", *SEARCHING) else {}
     source = Batch(Witness(AGENTS if name == "ippo" else 0, **choices), ENVS)
+    if name == "lola":
+        source = make_env("infinite_matrix_game", ENVS)
     if name == "alphazero":
         source = Batch(Board(max_steps=3, **choices), ENVS)
     if "dataset" in config:

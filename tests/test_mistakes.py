@@ -25,8 +25,8 @@ from launchers.train import train
 
 ROOT = pathlib.Path(__file__).parents[1]
 PPO, PETS, EKF = (f"--config=algorithms/{name}.py" for name in ("ppo", "pets", "ekf_lqr"))
-SAC, CROSSQ, PQN, MUZERO, CHANCE, ZERO = (f"--config=algorithms/{name}.py" for name in (
-    "sac", "crossq", "pqn", "muzero", "stochastic_muzero", "alphazero"))
+SAC, CROSSQ, PQN, MUZERO, CHANCE, ZERO, LOLA = (f"--config=algorithms/{name}.py" for name in (
+    "sac", "crossq", "pqn", "muzero", "stochastic_muzero", "alphazero", "lola"))
 POLE, TRACKING, OFFLINE = "--config=configs/icem_online_longer_pole.py", "--config=algorithms/ippo.py", (
     "--config=algorithms/dynamics.py")
 
@@ -63,6 +63,10 @@ NUMBERS = {  # of every config, and what it may not be
     CHANCE: dict(num_codes=(0,), commitment=(0, -1), num_simulations=(0,), **{"env_kwargs.side": (1, 5, 2.5)}),
     ZERO: dict(num_simulations=(0,), max_considered=(0,), random_steps=(64,), buffer_size=(64,),
                hidden_dims=("(0,)",), **{"env_kwargs.opponent": ("me",)}),
+    LOLA: dict(form=("exact",), lr=(0, -1, "nan"), opponent_lr=(0, -1, "inf"), init_std=(0,), updates=(0, -1),
+               eval_every=(0,), **{"env_kwargs.discount": (0, 1, -0.1, "nan"), "env_kwargs.payoff": (
+                   "((-1,-1),(-3,0),(0,-3))", "((-1,-1),(-3,0),(0,-3),(-2,1e999))", "((-1,-1),(-3,0),(0,-3),(-2,'D'))",
+                   "(-1,-3,0,-2)", "((-1,-1),(-3,0),(0,-3),(-2,None))", "nan", -1)}),
 }
 CULPRITS = {"env_steps=10": "no iteration"}
 TYPED = """
@@ -126,6 +130,13 @@ train $MUZERO --config.random_steps=200000                                  | no
 train $CHANCE --config.search=gumbel                                          | search
 train $CHANCE --config.env_kwargs.sides=3                                     | sides
 train $ZERO --config.env=pgx/tictactoe                                      | tic_tac_toe
+train $LOLA --config.env=iterated_matrix_game                               | "values"
+train $LOLA --config.env=gymnax/CartPole-v1                                 | "values"
+train $LOLA --config.env_kwargs.payof=1                                     | payoff
+train $PPO --config.env=iterated_matrix_game                                | several agents
+train $PPO --config.env=fixed_coplayer --config.env_kwargs.coplayer=me      | coplayer
+train $PPO --config.env=fixed_coplayer "--config.env_kwargs.payoff=((0,),)" | payoff
+train $TRACKING --config.env=iterated_matrix_game --config.env_kwargs.max_steps=0 | max_steps
 train $ZERO --config.env_kwargs.reveal=False                                | reveal
 train $ZERO --config.eval_env_kwargs.oponent=random                         | oponent
 train $POLE --config.env=gymnax/CartPole-v1                                 | "jump_by"
@@ -327,7 +338,7 @@ def rows():
                 typed = f"{key}={value}"
                 yield "train", [config, f"--config.{typed}"], CULPRITS.get(typed, key.rpartition(".")[2])
     names = dict(PPO=PPO, PETS=PETS, EKF=EKF, SAC=SAC, CROSSQ=CROSSQ, PQN=PQN, MUZERO=MUZERO, CHANCE=CHANCE, ZERO=ZERO,
-                 POLE=POLE, TRACKING=TRACKING, OFFLINE=OFFLINE)
+                 LOLA=LOLA, POLE=POLE, TRACKING=TRACKING, OFFLINE=OFFLINE)
     for line in TYPED.strip().splitlines():
         words, culprit = line.split(" | ")
         for name, value in names.items():

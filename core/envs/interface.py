@@ -27,6 +27,7 @@ An environment may offer more. Who uses it:
     place(x) -> (2,)               where in that picture the hidden truth moves something           films of beliefs
     move(game, action)             the rules of a game for two: the game after, reward of who moves, whether it ended;
                                    obs["game"] is where it starts                                   alphazero
+    values(logits)                 (2,) what two policies earn in the whole game, exactly, with derivatives         lola
     reports_success                info["success"] says whether a step did what the task is         batch, evaluation
     on_host                        it is simulated by Python: a run of it is resumed, but not bit for bit    launchers
 """
