@@ -57,7 +57,7 @@ PLANTED_ERRORS = {
         "return action + noise * half * jax.random.normal(key, action.shape)", NOISE),
     "no noise": (COLLECT, "action = explore(noise_key, action)", "action = explore(noise_key, action) * 0 + action",
                  NOISE),
-    "a fresh policy for the trained one": (COLLECT, "trained_actor(run, config, env) if run else", "",
+    "a fresh policy for the trained one": (COLLECT, "trained_actor(run, config) if run else", "",
                                            "test_a_trained_policy_collects"),
     "finished data collected again": (COLLECT, 'if (folder / "summary.json").exists():', "if False:", MISTAKE),
     "smoke is not small": (COLLECT, "episodes = 2 if smoke else episodes", "episodes = episodes",
