@@ -4,6 +4,6 @@ from algorithms import iql
 
 def get_config():
     config = iql.get_config()
-    config.update(hidden_dims=(64, 64), lr=1e-3, dataset="runs/iql_pendulum/collect/data.npz")
+    config.update(hidden_dims=(64, 64), lr=1e-3, updates=30_000, eval_every=3000, tau=0.02, discount=0.97)
     config.collect = dict(num_envs=20, episodes=100, action_noise=0.5)
     return config

@@ -56,7 +56,7 @@ def arrays_of(path: str | os.PathLike) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is no HDF5 file, or is damaged: {error}") from error
     if missing := [name for name in NAMES.values() if name not in arrays]:
         raise UserError(f'{path} has no "{missing[0]}"')
-    sizes = {name: np.shape(x)[:1] for name, x in arrays.items()}
+    sizes = {name: len(np.atleast_1d(x)) for name, x in arrays.items()}
     if wrong := [name for name, size in sizes.items() if size != sizes["rewards"]]:
         raise UserError(f"{path}: rewards has {sizes['rewards']} rows, {wrong[0]} has {sizes[wrong[0]]}")
     if wrong := [name for name in ("rewards", "terminals", "timeouts") if arrays[name].ndim != 1]:
