@@ -18,7 +18,7 @@ Kept: `Run`: actor, optimiser, clock. The data are not in it.
 Decides: the data; updates, since after too many of them the actor fits the noise in few data.
 Cost: an update at hidden_dims (256, 256), batch_size 256 and HalfCheetah's sizes takes 0.1 GFLOP: one forward pass of
 the actor and its gradient, which counts as two. Steps of an environment are taken in evaluation only.
-Expect: the score of those who made the data, without their noise: see docs/bc.md.
+Expect: −935 on Pendulum from data with return −923 (configs/bc_pendulum.py, 8 seeds, 32 s on 2 CPU cores).
 """
 import pathlib
 from typing import Any, NamedTuple
