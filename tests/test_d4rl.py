@@ -14,21 +14,22 @@ from core.errors import UserError
 from launchers import cli
 
 D4RL, CLI = "core/d4rl.py", "launchers/cli.py"
-SAME, NEXT, BAD, WRONG = (
+SAME, NEXT, LAST, BAD, WRONG = (
     "test_a_file_gives_back_what_was_put_into_it", "test_successors_that_are_missing_are_those_of_the_next_row",
-    "test_a_bad_file_is_named", "test_data_of_another_environment_are_named")
+    "test_a_terminal_state_at_the_end_of_the_file_stays", "test_a_bad_file_is_named",
+    "test_data_of_another_environment_are_named")
 PLANTED_ERRORS = {  # and the test that has to notice
     "a time limit is an end": (D4RL, "dict(terminated=terminated,", "dict(terminated=terminated | timeout,", SAME),
     "an end is a time limit, too": (D4RL, "truncated=timeout & ~terminated", "truncated=timeout", SAME),
     "numbers of 64 bits": (D4RL, 'x.astype(np.float32) if x.dtype.kind == "f" else x', "x", SAME),
     "stored successors ignored": (D4RL, 'if "next_observations" in stored:', "if False:", SAME),
     "the step at a time limit stays": (D4RL, "x[~last] for", "x for", NEXT),
-    "an end is dropped": (D4RL, "last[-1] |= not terminated[-1]", "last[-1] = True", NEXT),
+    "an end is dropped": (D4RL, "last[-1] |= not terminated[-1]", "last[-1] = True", LAST),
     "the last row stays": (D4RL, "last[-1] |= not terminated[-1]", "pass", NEXT),
     "the next episode is the successor": (D4RL, "np.append(last[1:], False) & ~terminated & ~last",
                                           "np.zeros_like(last)", NEXT),
     "the step after a cut is cut": (D4RL, "np.append(last[1:], False)", "np.append(False, last[:-1])", NEXT),
-    "an end before a short episode is cut": (D4RL, "& ~terminated & ~last  #", "& ~last  #", NEXT),
+    "an end before a short episode is cut": (D4RL, "& ~terminated & ~last  #", "& ~last  #", LAST),
     "the next episode is the successor of an end": (D4RL, "np.where(terminated.reshape(",
                                                     "np.where(0 * terminated.reshape(", NEXT),
     "the observation before": (D4RL, "np.append(obs[1:], obs[-1:], axis=0))", "np.append(obs[:1], obs[:-1], axis=0))",
