@@ -11,7 +11,7 @@ playground = ["playground"]
 board = ["pgx"]
 offline = ["h5py", "minari"]
 cluster = ["submitit"]
-dev = ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff"]
+dev = ["h5py", "hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff"]
 
 setup(
     name="monograph",

@@ -55,6 +55,7 @@ class Dataset(struct.PyTreeNode):
             raise UserError(f'lengths in a dataset differ: "truncated" has {n} entries, {wrong[0]}')
         if n == 0:
             raise UserError("a dataset without entries")
+        data = {**data, **{name: np.asarray(data[name]) != 0 for name in ("terminated", "truncated")}}
         last = last_steps(data)
         left = last[np.searchsorted(last, np.arange(n))] - np.arange(n) + 1
         starts = np.argsort(-left, kind="stable")

@@ -19,7 +19,7 @@ from absl import app, flags, logging
 from flax.traverse_util import flatten_dict
 from ml_collections import config_flags
 
-from core import checkpoint, files, minari
+from core import checkpoint, d4rl, files, minari
 from core.config import check
 from core.dataset import Dataset, read_arrays
 from core.envs import Discrete, make_env
@@ -300,7 +300,7 @@ def iteration_of(config):
     """(name of the clock that the budget counts by, what one train_step adds to it)."""
     if "env_steps" in config:
         return "env_steps", config.num_envs * config.num_steps
-    return "updates", 1
+    return "updates", config.get("updates_per_step", 1)
 
 
 def smoke(config):
@@ -339,11 +339,16 @@ def source_of(config):
     return read_dataset(config.dataset, env)
 
 
+READERS = {"minari:": minari.read, "d4rl:": d4rl.read}  # of data that are no .npz of ours
+
+
 def read_dataset(path, env):
     """The transitions, if they are of this environment."""
-    if not path.startswith("minari:") and not pathlib.Path(path).exists():
+    kind = next((kind for kind in READERS if path.startswith(kind)), "")
+    name = path.removeprefix(kind)
+    if kind != "minari:" and not pathlib.Path(name).exists():
         raise UserError(f'no data in "{path}": name a file by --config.dataset, or write one by launchers.collect')
-    data = minari.read(path.removeprefix("minari:")) if path.startswith("minari:") else read_arrays(path)
+    data = READERS[kind](name) if kind else read_arrays(name)
     obs = jax.eval_shape(env.reset, jax.random.key(0))[1]
     action, reward = (jax.ShapeDtypeStruct((1, *shape), np.float32) for shape in (env.action_space.shape, ()))
     due, found = (flatten_dict(tree, sep="/") for tree in (
@@ -357,6 +362,8 @@ def read_dataset(path, env):
         raise UserError(f'{path} has "{others[0]}", which the environment has not')
     if isinstance(env.action_space, Discrete) and data["action"].dtype.kind == "f":
         raise UserError(f"{path}: action is of type {data['action'].dtype} where the environment counts its actions")
+    if isinstance(env.action_space, Discrete) and not np.isin(data["action"], np.arange(env.action_space.n)).all():
+        raise UserError(f"{path}: action is not always one of the {env.action_space.n} that the environment has")
     try:
         return Dataset.create(data, env.action_space)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""First stage of a learned model: whole episodes of a config's own method, or of a trained one, into a data set.
+"""Whole episodes of a config's own method, or of a trained one, into a data set: the first stage of a learned model.
 
     python -m launchers.collect --config=configs/x.py --workdir=runs/x                     # runs/x/collect/data.npz
     python -m launchers.collect --config=configs/x.py --workdir=runs/x --run=runs/ppo_x    # as that run's policy acts
@@ -6,7 +6,8 @@
 `config.collect` holds the number of `episodes`, the standard deviation `action_noise` of what is added to every action
 (in half widths of the box, which then clips it), and keys that replace those of the config meanwhile. The method acts
 and, where it has `observe`, learns within an episode, as in an evaluation. Where the environment reveals its hidden
-truth, the data do not hold it.
+truth, the data do not hold it. An offline method does not collect its data: --run says whose policy does, and
+`collect.num_envs` in how many environments (1 unless it is there).
 
 Each of the `num_envs` environments gives the same number of its first episodes (one more at most), however long they
 are: the episodes that end first would be the short ones. They lie one after another in `data.npz`, each in the order of
@@ -26,7 +27,7 @@ import numpy as np
 from core import checkpoint, files
 from core import minari as minari_datasets
 from core.dataset import Dataset, last_steps
-from core.envs import Box, Transition, ended, hidden, restart
+from core.envs import Box, Transition, ended, hidden, make_env, restart
 from core.errors import UserError
 from core.logging import provenance
 from launchers import cli
@@ -57,7 +58,7 @@ def collect(config, *, workdir: str | None = None, run: str | None = None, seed:
         raise UserError(f"{folder} holds a finished collection: choose another workdir")
     env, began = cli.train_env(config), time.perf_counter()
     quota = np.array([len(part) for part in np.array_split(np.arange(episodes), env.num_envs)])
-    actor = trained_actor(run, config, env) if run else untrained_actor(config, env, seed)
+    actor = trained_actor(run, config) if run else untrained_actor(config, env, seed)
     program, state = compile_programs(*actor, env, quota, noise, seed)
     compile_seconds, seconds = time.perf_counter() - began, 0.0
 
@@ -100,9 +101,12 @@ def settings(config, smoke):
     cli.algorithm_of(config)  # which checks the config
     section = cli.section(config, "collect").to_dict()
     episodes, noise = section.pop("episodes", 0), section.pop("action_noise", 0.0)
-    if type(episodes) is not int or episodes < 1:
-        raise UserError(f"config.collect.episodes = {episodes!r}: has to be an integer from 1 on")
     config = ml_collections.ConfigDict(config.to_dict())
+    if "dataset" in config:  # an offline method has no environments of its own
+        config.num_envs = section.get("num_envs", 1)
+    for name, value in dict(episodes=episodes, num_envs=config.num_envs).items():
+        if type(value) is not int or value < 1:
+            raise UserError(f"config.collect.{name} = {value!r}: has to be an integer from 1 on")
     for name, value in section.items():
         if name not in config:
             raise UserError(f'config.collect has "{name}", which the config has not; {cli.suggest(name, list(config))}')
@@ -121,15 +125,18 @@ def untrained_actor(config, env, seed):
     algorithm = cli.algorithm_of(config)
     if not hasattr(algorithm, "act"):
         raise UserError(f'"{config.algorithm}" does not act: collect with another run by --run')
+    if "dataset" in config:
+        raise UserError(f'"{config.algorithm}" learns from data: collect with the run of another method by --run')
     key = jax.random.fold_in(jax.random.key(seed), 0)
     return algorithm, jax.jit(lambda key: algorithm.init(key, env, config))(key)
 
 
-def trained_actor(path, config, env):
-    """(algorithm, run) of the first seed of a run, as if it had been started in `env`."""
+def trained_actor(path, config):
+    """(algorithm, run) of the first seed of a run, as if it had been started in the environment of `config`."""
     algorithm, its, run, _ = load(path)
     if its.env != config.env:
         raise UserError(f'{path} is a run in "{its.env}", the config is about "{config.env}"')
+    env = make_env(config.env, its.get("num_envs", 1), **config.get("env_kwargs", {}))
     return algorithm, cli.rebind(algorithm, jax.tree.map(lambda x: x[0], run), env, its)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from core import checkpoint, logging
+from core.dataset import write_arrays
 from core.logging import finals
 from launchers import cli, train
 from launchers.evaluate import evaluate_run
@@ -31,7 +32,7 @@ PLANTED_ERRORS = {
 }
 
 SMALL = dict(num_steps=8, num_epochs=1, num_updates=2, random_steps=8, horizon=3, kept_elites=2, num_linearizations=1,
-             buffer_size=64, batch_size=8, num_simulations=2, unroll=1, n_step=1)
+             buffer_size=64, batch_size=8, num_simulations=2, unroll=1, n_step=1, updates_per_step=2)
 SMALL_PLANNER = dict(num_samples=8, num_elites=4, num_iterations=1)
 TIME_LIMIT = {"gymnax": "max_steps_in_episode", "jaxmarl": "max_steps", "gymnasium": "max_episode_steps",
               "brax": "episode_length", "playground": "episode_length"}
@@ -88,9 +89,9 @@ def small(config):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_config_fits_its_algorithm_and_its_environment(name):
+def test_a_config_fits_its_algorithm_and_its_environment(name, tmp_path):
     """With its own sizes, as shapes: nothing is compiled. A training step gives a run like the one it was given."""
-    config = get_config(name)
+    config = with_data(get_config(name), tmp_path)
     shrink(config, dict(num_linearizations=1))
     shrink(config.get("planner", {}), dict(num_iterations=1))  # both are loops that would be traced many times
     config = ml_collections.FrozenConfigDict(config.to_dict())
@@ -105,6 +106,19 @@ def test_a_config_fits_its_algorithm_and_its_environment(name):
     assert returns.shape[0] == 2 and length.shape == (2,)
 
 
+def with_data(config, folder):
+    """An offline method's config names a data set of its environment's sizes; any other config stays as it is."""
+    if "dataset" in config:
+        env, rng = cli.make_env(config.env, 1, **config.get("env_kwargs", {})), np.random.default_rng(0)
+        obs = jax.tree.map(lambda x: np.float32(rng.normal(size=(12, *x.shape[1:]))), jax.eval_shape(
+            env.reset, jax.random.key(0))[1])
+        ends, action = np.arange(12) % 4 == 3, env.action_space.sample(jax.random.key(1), (12,))
+        config.dataset = str(folder / "data.npz")
+        write_arrays(config.dataset, dict(obs=obs, next_obs=obs, action=action, terminated=ends, truncated=ends & False,
+                                          reward=np.float32(rng.normal(size=12))))
+    return config
+
+
 def is_child(name):
     return "Child of" in (ROOT / "algorithms" / f"{name}.py").read_text()
 
@@ -115,7 +129,7 @@ def test_an_algorithm_trains_resumes_and_is_evaluated(name, tmp_path, monkeypatc
     """By its first config; a child has the hooks of its parent. Start and resume share their programs."""
     configs = [config for other in CONFIGS if (config := load_config(other)).algorithm == name and not missing(config)]
     config = (configs or [get_config(name, "algorithms")])[0]
-    if "dataset" in config:
+    if not hasattr(cli.algorithm_of(config), "act"):
         pytest.skip("it only fits a model")
     job = functools.cache(lambda *_: compile_job(*arguments))
     compile_job, arguments = train.compile_job, []
@@ -126,7 +140,7 @@ def test_an_algorithm_trains_resumes_and_is_evaluated(name, tmp_path, monkeypatc
 
     monkeypatch.setattr(train, "compile_job", compile_once)
     monkeypatch.setattr(logging, "_curve", lambda *_: None)
-    config = small(config)
+    config = with_data(small(config), tmp_path)
     with reuse_checked(name):
         summary = train.train(config, smoke=True, save_every=0.0, workdir=str(tmp_path))
     written = (tmp_path / "metrics.csv").read_bytes()
@@ -149,7 +163,7 @@ def test_an_algorithm_trains_resumes_and_is_evaluated(name, tmp_path, monkeypatc
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_runs_as_it_is(name, tmp_path):
-    config = get_config(name)
+    config = with_data(get_config(name), tmp_path)
     with reuse_checked(config.algorithm):
         summary = train.train(config, smoke=True, num_seeds=2, workdir=str(tmp_path))
     assert all(np.isfinite(final["per_seed"]).all() for final in finals(summary))

@@ -60,6 +60,10 @@ PLANTED_ERRORS = {
     "pets: all updates draw the same rows": (
         "algorithms/pets.py", "jax.random.split(key, self.config.num_updates))",
         "jnp.broadcast_to(key, (self.config.num_updates,)))", "test_every_key_of_a_method_serves_once[pets]"),
+    **{f"{name}: all updates draw the same rows": (
+        f"algorithms/{name}.py", "jax.random.split(key, config.updates_per_step)",
+        "jnp.broadcast_to(key, (config.updates_per_step,))", f"test_every_key_of_a_method_serves_once[{name}]")
+       for name in ("iql", "bc")},
     "a policy and its environment share their keys": ("core/evaluation.py", "act(carry, obs, act_key)",
                                                       "act(carry, obs, env_key)",
                                                       "test_every_key_of_an_evaluation_serves_once"),

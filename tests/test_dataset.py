@@ -37,6 +37,8 @@ PLANTED_ERRORS = {
     "termination is no end": (FILE, 'np.asarray(data["terminated"], bool) | ', ""),
     "one step more left": (FILE, "- np.arange(n) + 1", "- np.arange(n) + 2"),
     "one step less left": (FILE, "- np.arange(n) + 1", "- np.arange(n)"),
+    "flags stay numbers": (FILE, "np.asarray(data[name]) != 0 for", "data[name] for",
+                           "test_flags_of_any_type_are_flags"),
     "shortest first": (FILE, "np.argsort(-left", "np.argsort(left"),
     "last window of an episode lost": (FILE, "(self.left >= length)", "(self.left > length)"),
     "pickles allowed": (FILE, "allow_pickle=False", "allow_pickle=True"),
@@ -227,6 +229,14 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
 class Bomb:
     def __reduce__(self):
         return exec, ("raise SystemExit('a pickle ran')",)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.float64])
+def test_flags_of_any_type_are_flags(kind):
+    data = transitions(0, 6, [2, 3])
+    dataset = Dataset.create(data | {name: data[name].astype(kind) for name in ("terminated", "truncated")})
+    jax.tree.map(np.testing.assert_array_equal, dataset, Dataset.create(data))
+    assert dataset.data["terminated"].dtype == dataset.data["truncated"].dtype == bool
 
 
 def test_bad_files_are_named(tmp_path):

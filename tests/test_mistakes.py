@@ -27,6 +27,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PPO, PETS, EKF = (f"--config=algorithms/{name}.py" for name in ("ppo", "pets", "ekf_lqr"))
 SAC, CROSSQ, PQN, MUZERO, CHANCE, ZERO, LOLA = (f"--config=algorithms/{name}.py" for name in (
     "sac", "crossq", "pqn", "muzero", "stochastic_muzero", "alphazero", "lola"))
+IQL, BC = (f"--config=algorithms/{name}.py" for name in ("iql", "bc"))
 POLE, TRACKING, OFFLINE = "--config=configs/icem_online_longer_pole.py", "--config=algorithms/ippo.py", (
     "--config=algorithms/dynamics.py")
 
@@ -52,6 +53,10 @@ NUMBERS = {  # of every config, and what it may not be
     SAC: dict(batch_size=(0,), buffer_size=(0,), updates_per_step=(0,), tau=(-0.1, 1.1), lr=(0,), discount=(1.01,),
               init_temperature=(0, -1), log_std_bounds=("(2,-10)",), random_steps=(-1,), hidden_dims=("(0,)",),
               target_entropy=("nan", "high")),
+    IQL: dict(updates=(0, -5), updates_per_step=(0, -1), eval_every=(0,), eval_episodes=(0,), batch_size=(0,), lr=(0,),
+              discount=(1.01,), tau=(-0.1, 1.1), expectile=(-0.1, 1.1, "nan"), inverse_temperature=(0, -3),
+              max_weight=(0, "inf"), return_range=(0, -1), log_std_bounds=("(2,-5)",), hidden_dims=("(0,)",)),
+    BC: dict(updates=(0,), updates_per_step=(0,), batch_size=(-1,), lr=(0, "nan"), log_std_bounds=("(1,)",)),
     CROSSQ: dict(policy_delay=(0,), adam_b1=(1.2,), norm_momentum=(-0.1,), renorm_after=(-1,), r_max=(0,), d_max=(0,),
                  critic_dims=("(2.5,)",)),
     PQN: dict(init_epsilon=(1.1,), final_epsilon=(-0.1,), epsilon_steps=(-1,), trace=(1.5,), channels=(-1,),
@@ -166,6 +171,16 @@ train $OFFLINE --config.dataset=$SCRATCH/good.npz --config.rollout_steps=99 | ro
 train $OFFLINE --config.dataset=$SCRATCH/good.npz --config.holdout=1.5      | holdout
 train $OFFLINE --config.dataset=$SCRATCH                                    | $SCRATCH
 train $OFFLINE --config.dataset=minari:nothing/of-the-kind-v0               | inari
+train $IQL --config.dataset=$SCRATCH/good.npz                               | obs (4,) where the environment has (3,)
+train $IQL --config.env=gymnax/CartPole-v1 --config.dataset=$SCRATCH/poles.npz | discrete actions
+train $BC --config.env=cartpole_swingup --config.dataset=$SCRATCH/five.npz  | action (2,)
+train $BC --config.env=gymnax/CartPole-v1 --config.dataset=$SCRATCH/good.npz | action (1,)
+train $BC --config.env=gymnax/CartPole-v1 --config.dataset=$SCRATCH/three.npz | one of the 2
+train $BC --config.dataset=d4rl:$SCRATCH/nothing.hdf5                       | nothing.hdf5
+collect --config=configs/iql_pendulum.py                                    | --run
+collect --config=configs/iql_pendulum.py --run=$RUN                         | gymnax/CartPole-v1
+collect --config=configs/iql_pendulum.py --config.collect.num_envs=0        | collect.num_envs
+collect $IQL                                                                | collect
 train                                                                       | --config
 train --config=                                                             | config
 train --config=configs/nothing.py                                           | configs/nothing.py
@@ -323,9 +338,9 @@ PLANTED_ERRORS = {
     "numbers that are not finite are data": (DATASET, "if not np.isfinite(value).all():", "if False:", ROW),
     "complex numbers are data": (DATASET, 'not in "biuf"', 'not in "biufc"', ROW),
     "an environment may lack what is needed": (INTERFACE, "if not hasattr(env.env, name)]", "if False]", ROW),
-    "one agent, or several": (INTERFACE, "if (env.num_agents is not None) != agents:", "if False:", ROW),
+    "one agent, or several": (INTERFACE, "if (num_agents is not None) != agents:", "if False:", ROW),
     "the wrong number of agents is named": (INTERFACE,
-        'lacks.append("several agents" if env.num_agents is not None', 'lacks.append("several agents" if agents', ROW),
+        'lacks.append("several agents" if num_agents is not None', 'lacks.append("several agents" if agents', ROW),
     "nobody waits for the others": ("launchers/processes.py", "while len(waiting) < num_processes - 1:", "while False:",
                                     "test_processes_that_do_not_meet_say_so"),
 }
@@ -338,7 +353,7 @@ def rows():
                 typed = f"{key}={value}"
                 yield "train", [config, f"--config.{typed}"], CULPRITS.get(typed, key.rpartition(".")[2])
     names = dict(PPO=PPO, PETS=PETS, EKF=EKF, SAC=SAC, CROSSQ=CROSSQ, PQN=PQN, MUZERO=MUZERO, CHANCE=CHANCE, ZERO=ZERO,
-                 LOLA=LOLA, POLE=POLE, TRACKING=TRACKING, OFFLINE=OFFLINE)
+                 LOLA=LOLA, IQL=IQL, BC=BC, POLE=POLE, TRACKING=TRACKING, OFFLINE=OFFLINE)
     for line in TYPED.strip().splitlines():
         words, culprit = line.split(" | ")
         for name, value in names.items():
@@ -425,6 +440,9 @@ def data_sets(scratch):
     for name in ("terminated", "reward"):
         np.savez(scratch / f"no_{dict(terminated='end').get(name, name)}.npz", **{
             k: v for k, v in good.items() if k != name})
+    counted = np.arange(120) % 2
+    for name, action in dict(poles=counted, three=2 * counted, five=np.zeros((120, 2), np.float32)).items():
+        np.savez(scratch / f"{name}.npz", **good | dict(action=action))
     np.savez(scratch / "pickle.npz", **good | dict(obs=np.array([{}], object)))
     (scratch / "text.npz").write_text("these are no arrays")
     (scratch / "half.npz").write_bytes((scratch / "good.npz").read_bytes()[:2000])

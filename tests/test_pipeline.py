@@ -57,9 +57,14 @@ PLANTED_ERRORS = {
         "return action + noise * half * jax.random.normal(key, action.shape)", NOISE),
     "no noise": (COLLECT, "action = explore(noise_key, action)", "action = explore(noise_key, action) * 0 + action",
                  NOISE),
-    "a fresh policy for the trained one": (COLLECT, "trained_actor(run, config, env) if run else", "",
+    "a fresh policy for the trained one": (COLLECT, "trained_actor(run, config) if run else", "",
                                            "test_a_trained_policy_collects"),
     "finished data collected again": (COLLECT, 'if (folder / "summary.json").exists():', "if False:", MISTAKE),
+    "a run is started in other environments": (COLLECT, 'its.get("num_envs", 1)', "config.num_envs",
+                                               "test_a_run_is_started_in_as_many_environments_as_it_had"),
+    "an offline method has its own environments": (
+        COLLECT, 'config.num_envs = section.get("num_envs", 1)', "config.num_envs = 1",
+        "test_an_offline_method_says_how_many_environments_collect_for_it"),
     "smoke is not small": (COLLECT, "episodes = 2 if smoke else episodes", "episodes = episodes",
                            "test_smoke_goes_through_all_stages"),
     "the last seed's model": (PRETRAIN, "np.asarray(x[0])", "np.asarray(x[-1])", MODEL),
@@ -277,6 +282,33 @@ def test_sections_of_a_config_fit(name):
     assert stage[0].num_envs == 2 and stage[1] == 2 and stage[2] > 0 and not stage[0].learn
     own = importlib.import_module("launchers.pretrain").settings(config, "data.npz")
     assert own.dataset == "data.npz" and own.hidden_dims == config.hidden_dims and own.updates == 10_000
+
+
+def test_an_offline_method_says_how_many_environments_collect_for_it():
+    settings = importlib.import_module("launchers.collect").settings
+    config = importlib.import_module("configs.iql_pendulum").get_config()
+    assert [settings(config, smoke)[0].num_envs for smoke in (False, True)] == [20, 2]
+    del config.collect
+    config.collect = dict(episodes=3)
+    assert settings(config, False)[0].num_envs == 1
+    for value in (0, 2.5):
+        config.collect = ml_collections.ConfigDict(dict(episodes=3, num_envs=value))
+        with pytest.raises(UserError, match=f"config.collect.num_envs = {value}: has to be an integer from 1 on"):
+            settings(config, False)
+
+
+def test_a_run_is_started_in_as_many_environments_as_it_had(monkeypatch):
+    """Whatever the number of those that collect."""
+    launcher = importlib.import_module("launchers.collect")
+    its = ml_collections.FrozenConfigDict(dict(env="drift", num_envs=3))
+    method = SimpleNamespace(init=lambda key, source, config: np.zeros(source.num_envs))
+    monkeypatch.setattr(launcher, "load", lambda path: (method, its, np.ones((2, 3)), {}))
+    config = ml_collections.FrozenConfigDict(dict(env="drift", num_envs=5))
+    np.testing.assert_array_equal(launcher.trained_actor("runs/x", config)[1], np.ones(3))
+    seen = []
+    method.init = lambda key, source, config: seen.append((source.num_envs, source.env.max_steps)) or np.zeros(3)
+    launcher.trained_actor("runs/x", config)
+    assert seen == [(3, 20)]
 
 
 MISTAKES = {

@@ -130,12 +130,13 @@ class Box(NamedTuple):
 
 def require(env: Any, config: Any, actions: tuple = (Discrete, Box), bounded: bool = False, agents: bool = False,
             offers: tuple[str, ...] = ()) -> None:
-    """Raises UserError where a method cannot act in `env`, the batch that `config` names: its kinds of `actions`, and
-    whether they have to be `bounded`; `agents`, whether it plays games of several; `offers`, what it needs of those
-    that the table above lists."""
+    """Raises UserError where a method cannot act in `env`, the batch that `config` names, or a data set from there: its
+    kinds of `actions`, and whether they have to be `bounded`; `agents`, whether it plays games of several; `offers`,
+    what it needs of those that the table above lists."""
+    num_agents = getattr(env, "num_agents", None)  # a data set is of one agent
     lacks = [f'no "{name}"' for name in offers if not hasattr(env.env, name)]
-    if (env.num_agents is not None) != agents:
-        lacks.append("several agents" if env.num_agents is not None else "one agent")
+    if (num_agents is not None) != agents:
+        lacks.append("several agents" if num_agents is not None else "one agent")
     if not isinstance(env.action_space, actions):
         lacks.append("discrete actions" if isinstance(env.action_space, Discrete) else "continuous actions")
     elif bounded and not np.isfinite([env.action_space.low, env.action_space.high]).all():
