@@ -8,14 +8,16 @@ Child of muzero.py; the diff is the method.
     z_t  = r_t − r_{t+1} + r_{t+2} − …  to the end of the game: its outcome for the player who moves at t  targets
     L    = E [CE(π_t, p) + (z_t − v)²]                                                             Agent.loss
 
-    train_step   num_steps times, in every environment: search, move, store s, r, whether it ended, π. Both players
-                 are this agent
+    train_step   num_steps times, in every environment: search, take its move or, with probability epsilon, a random
+                 one; store s, r, whether it ended, π. Both players are this agent
                  num_updates times: draw batch_size starts t, uniform; one step of Adam on L
 
 Ends: at the end of a game nothing follows. The next game starts by itself.
-Random: first weights (agent_key), who starts (reset_key, env_key), Gumbel noise (search_key), minibatches (update_key).
+Random: first weights (agent_key), who starts (reset_key, env_key), Gumbel noise (search_key), random moves
+(explore_key), minibatches (update_key).
 Departures: Gumbel's search (Danihelka et al., 2022) and its policy; the paper's has Dirichlet noise at the root and
-teaches the visits. A perceptron sees the board; no symmetry is used. Weights decay by AdamW, at a constant rate.
+teaches the visits. epsilon is ours. A perceptron sees the board; no symmetry is used. Weights decay by AdamW, at a
+constant rate.
 Kept: `Run`: network and optimiser, buffer (a row holds one move of all environments), games and observations, clock. A
 checkpoint is `Run`, with the buffer in it.
 Decides: num_simulations; num_updates for num_envs · num_steps moves.
@@ -34,7 +36,7 @@ from flax import linen as nn
 from flax import struct
 
 from core.clock import Clock
-from core.config import count, positive
+from core.config import count, fraction, positive
 from core.dataset import ReplayBuffer
 from core.envs import Discrete, require
 from core.errors import UserError
@@ -60,6 +62,7 @@ def get_config():
         batch_size=count(256),
         num_simulations=count(32),
         max_considered=count(16),  # moves that the search tries at the root
+        epsilon=fraction(0.1),  # of the moves in training are random: no opening is forgotten
         hidden_dims=count((128, 128)),
         lr=positive(2e-3),
         max_grad_norm=positive(5.0),
@@ -106,7 +109,8 @@ class Agent(struct.PyTreeNode):
 
         found = mctx.gumbel_muzero_policy(
             self, key, root, step, self.config.num_simulations, invalid,
-            max_num_considered_actions=self.config.max_considered, gumbel_scale=noise)
+            max_num_considered_actions=self.config.max_considered, gumbel_scale=noise,
+            qtransform=by_outcome)
         return found.action, found.action_weights, found.search_tree
 
     def loss(self, params, batch):  # board (B, O), policy (B, A), target (B,)
@@ -114,6 +118,11 @@ class Agent(struct.PyTreeNode):
         policy_loss = optax.softmax_cross_entropy(policy, batch["policy"]).mean()
         value_loss = jnp.square(batch["target"] - value).mean()
         return policy_loss + value_loss, dict(policy_loss=policy_loss, value_loss=value_loss)
+
+
+def by_outcome(tree, node):
+    """The q-transform of Gumbel's search: (q + 1) / 2 lies in [0, 1], and its weight c_scale is 1, as in the paper."""
+    return mctx.qtransform_completed_by_mix_value(tree, node, rescale_values=False, value_scale=0.5)
 
 
 class Run(NamedTuple):
@@ -152,17 +161,25 @@ def train_step(run, key, source, config):
 def play(run, key, source, num_steps):
     """-> run, the sums of info["episode"]."""
     def env_step(run, keys):
-        search_key, env_key = keys
+        search_key, explore_key, env_key = keys
         action, policy, _ = run.agent.search(run.obs, search_key, 1.0)
+        action = explore(run.agent, run.obs, action, policy.shape[1], explore_key)
         env_state, step = source.step(env_key, run.env_state, action)
         row = dict(board=run.obs["board"], reward=step.reward, terminated=step.terminated, policy=policy)
         return run._replace(env_state=env_state, obs=step.obs), (row, step.info["episode"])
 
     # The buffer stays out of this loop, which would copy it.
     buffer, run = run.buffer, run._replace(buffer=())
-    run, (rows, episode) = jax.lax.scan(env_step, run, jax.random.split(key, (num_steps, 2)))
+    run, (rows, episode) = jax.lax.scan(env_step, run, jax.random.split(key, (num_steps, 3)))
     return (run._replace(buffer=buffer.add(rows), clock=run.clock.tick(env_steps=rows["reward"].size)),
             jax.tree.map(jnp.sum, episode))
+
+
+def explore(agent, obs, action, num_actions, key):
+    """A random move of those allowed, with probability epsilon."""
+    whether_key, which_key = jax.random.split(key)
+    random = jax.random.categorical(which_key, jnp.log(obs["board"][:, -num_actions:]))
+    return jnp.where(jax.random.uniform(whether_key, action.shape) < agent.config.epsilon, random, action)
 
 
 def update(run, key, longest, config):

@@ -21,6 +21,7 @@ LOSS, TARGETS, DRAW, SEARCH, STORED, GREEDY, CLOCK = (
     "test_loss_is_the_equation", "test_targets_by_brute_force", "test_starts_are_those_whose_game_has_ended",
     "test_search_finds_the_winning_and_the_saving_move", "test_what_is_stored_is_what_was_played",
     "test_evaluation_has_no_noise", "test_the_clock_counts_what_was_taken")
+EXPLORES, SCALE = "test_random_moves_are_as_many_as_asked_for", "test_values_count_as_they_are"
 PLANTED_ERRORS = {  # and the test that has to notice
     "the value is not between −1 and 1": (ZERO, "jnp.tanh(out[:, -1])", "out[:, -1]", LOSS),
     "value loss lost": (ZERO, "return policy_loss + value_loss", "return policy_loss", LOSS),
@@ -44,6 +45,16 @@ PLANTED_ERRORS = {  # and the test that has to notice
     "evaluation with noise": (ZERO, "run.agent.search(obs, key, 0.0)[0]", "run.agent.search(obs, key, 1.0)[0]", GREEDY),
     "training without noise": (ZERO, "run.agent.search(run.obs, search_key, 1.0)",
                                "run.agent.search(run.obs, search_key, 0.0)", STORED),
+    "never a random move": (ZERO, "< agent.config.epsilon, random, action)", "< 0, random, action)", EXPLORES),
+    "always a random move": (ZERO, "< agent.config.epsilon, random, action)", "< 1, random, action)", EXPLORES),
+    "forbidden moves by chance": (ZERO, 'jnp.log(obs["board"][:, -num_actions:])', 'jnp.zeros_like(obs["board"][:, '
+                                  '-num_actions:])', EXPLORES),
+    "one draw for all environments": (ZERO, "jax.random.uniform(whether_key, action.shape)",
+                                      "jax.random.uniform(whether_key, (1,))", EXPLORES),
+    "values divided by their range": (ZERO, "rescale_values=False, value_scale=0.5", "value_scale=0.5", SCALE),
+    "the search's own scale of values": (ZERO, "gumbel_scale=noise,\n            qtransform=by_outcome)",
+                                         "gumbel_scale=noise)", SCALE),
+    "values twice as heavy": (ZERO, "value_scale=0.5", "value_scale=1.0", SCALE),
     "gradients not clipped": (ZERO, "optax.clip_by_global_norm(config.max_grad_norm)", "optax.identity()",
                               "test_the_optimiser_is_clipped_adamw"),
     "weights do not decay": (ZERO, "config.lr, weight_decay=config.weight_decay", "config.lr, weight_decay=0.0",
@@ -182,8 +193,9 @@ def test_what_is_stored_is_what_was_played():
     assert run.buffer.size == 12 and later.buffer.size == 20
     state, obs, ends = run.env_state, run.obs, 0
     search = jax.jit(lambda obs, key: run.agent.search(obs, key, 1.0))
-    for t, (search_key, env_key) in enumerate(jax.random.split(key, (8, 2))):
+    for t, (search_key, explore_key, env_key) in enumerate(jax.random.split(key, (8, 3))):
         action, policy, _ = search(obs, search_key)
+        action = alphazero.explore(run.agent, obs, action, 9, explore_key)
         state, step = jax.jit(env.step)(env_key, state, action)
         np.testing.assert_array_equal(rows["board"][t], obs["board"])
         np.testing.assert_allclose(rows["policy"][t], policy, rtol=1e-4, atol=1e-6)
@@ -192,6 +204,33 @@ def test_what_is_stored_is_what_was_played():
         ends, obs = ends + int(step.terminated.sum()), step.obs
     np.testing.assert_array_equal(later.obs["board"], obs["board"])
     assert episode["count"] == ends > 0
+
+
+def test_random_moves_are_as_many_as_asked_for():
+    """Independently in each environment, and only moves that are allowed."""
+    run, *_ = start(epsilon=0.3)
+    obs = jax.tree.map(lambda x: jnp.repeat(x, 7000, axis=0), after(4, 0))
+    action = alphazero.explore(run.agent, obs, jnp.ones(7000, jnp.int32), 9, jax.random.key(1))
+    share = np.full(9, 0.3 / 7)
+    share[1], share[[0, 4]] = 0.7 + 0.3 / 7, 0.0
+    np.testing.assert_allclose(np.bincount(action, minlength=9) / 7000, share, atol=0.015)
+
+
+def test_values_count_as_they_are():
+    """Not divided by their range at the node: the logits that the search adds are (50 + visits) q / 2, less a number
+    that all moves share."""
+    run, *_ = start(num_simulations=20)
+    _, policy, tree = jax.jit(lambda obs: run.agent.search(obs, jax.random.key(0), 0.0))(after(0, 4, 8))
+    tree = jax.tree.map(lambda x: x[0], tree)
+    added, visits = alphazero.by_outcome(tree, 0), tree.children_visits[0]
+    first, second = np.argsort(-np.asarray(visits), kind="stable")[:2]
+    assert visits[second] > 0
+    q = tree.children_rewards[0] + tree.children_discounts[0] * tree.children_values[0]
+    np.testing.assert_allclose(added[first] - added[second], (50 + visits.max()) * (q[first] - q[second]) / 2,
+                               rtol=1e-3, atol=1e-4)
+    assert abs(q[first] - q[second]) > 1e-3
+    logits = tree.children_prior_logits[0] + added
+    np.testing.assert_allclose(policy[0, first] / policy[0, second], jnp.exp(logits[first] - logits[second]), rtol=1e-3)
 
 
 def test_evaluation_has_no_noise():

@@ -66,7 +66,7 @@ NUMBERS = {  # of every config, and what it may not be
                  epsilon=(-0.1, 1.1), weight_decay=(0,), latent_dim=(0,), channels=(-1,), random_steps=(0, 64),
                  buffer_size=(0, 32), discount=(1.5,)),
     CHANCE: dict(num_codes=(0,), commitment=(0, -1), num_simulations=(0,), **{"env_kwargs.side": (1, 5, 2.5)}),
-    ZERO: dict(num_simulations=(0,), max_considered=(0,), random_steps=(64,), buffer_size=(64,),
+    ZERO: dict(num_simulations=(0,), max_considered=(0,), epsilon=(-0.1, 1.1), random_steps=(64,), buffer_size=(64,),
                hidden_dims=("(0,)",), **{"env_kwargs.opponent": ("me",)}),
     LOLA: dict(form=("exact",), lr=(0, -1, "nan"), opponent_lr=(0, -1, "inf"), init_std=(0,), updates=(0, -1),
                eval_every=(0,), **{"env_kwargs.discount": (0, 1, -0.1, "nan"), "env_kwargs.payoff": (
