@@ -42,7 +42,7 @@ def report(*, run: str | None = None, name: str | None = None) -> None:
     if run is not None:
         name, row = adopt(pathlib.Path(run), name)
         rows[name] = row
-        texts[results / f"{name}.json"] = json.dumps(row, indent=1) + "\n"
+        texts[results / f"{name}.json"] = text_of_row(row)
     methods = {row["algorithm"]: method_of(row["algorithm"]) for row in rows.values()}
     for page in sorted({page_of(method) for method in methods.values()}):
         path = cli.ROOT / "docs" / f"{page}.md"
@@ -57,6 +57,12 @@ def report(*, run: str | None = None, name: str | None = None) -> None:
 
 
 # ---- rows
+
+def text_of_row(row: dict) -> str:
+    """JSON, but a list of numbers is one line: a row may have 1,000 seeds."""
+    return re.sub(r'\[([^][{}"]*)\]', lambda numbers: f"[{' '.join(numbers[1].split())}]",
+                  json.dumps(row, indent=1)) + "\n"
+
 
 def adopt(folder: pathlib.Path, name: str | None) -> tuple[str, dict]:
     """The name and the row of a finished run: its summary, and how to repeat it."""

@@ -9,6 +9,7 @@ from launchers import cli, report
 
 FILE = "launchers/report.py"
 PLANTED_ERRORS = {
+    "words in one line": (FILE, r'''r'\[([^][{}"]*)\]''', r'''r'\[([^]]*)\]''', "test_a_list_of_numbers_is_one_line"),
     "smoke runs count": (FILE, 'if summary.get("smoke"):', "if False:"),
     "teams are one": (FILE, 'return {label.removeprefix("return_"): value for label, value in row["final"].items()}',
                       'return {"return": list(row["final"].values())[0]}'),
@@ -126,6 +127,14 @@ def test_a_run_becomes_a_row(root):
     assert f"`{row['command']}`" in page(root)
     report.report(run=str(root / "runs" / "x"), name="slow")
     assert (root / "configs" / "results" / "slow.json").exists()
+
+
+def test_a_list_of_numbers_is_one_line():
+    """Words and what is inside a list of words stay as they are."""
+    row = dict(seeds=[0, 1, 2], final=dict(per_seed=[0.5, -1e-5, None], iqm=1.0), score=["a  [b,", "c\n"], none=[])
+    text = report.text_of_row(row)
+    assert json.loads(text) == row
+    assert '"seeds": [0, 1, 2],\n' in text and '"per_seed": [0.5, -1e-05, null],\n' in text
 
 
 def test_a_stage_before_training_has_a_row_of_its_own(root):
