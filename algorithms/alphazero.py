@@ -19,7 +19,8 @@ Departures: Gumbel's search (Danihelka et al., 2022) and its policy; the paper's
 teaches the visits. epsilon is ours. A perceptron sees the board; no symmetry is used. Weights decay by AdamW, at a
 constant rate.
 Kept: `Run`: network and optimiser, buffer (a row holds one move of all environments), games and observations, clock. A
-checkpoint is `Run`, with the buffer in it.
+checkpoint holds `Run`, the number of the iteration and the sums since the last row of the log. No key is kept: the
+launcher makes one from the seed and that number.
 Decides: num_simulations; num_updates for num_envs · num_steps moves.
 Cost: a search takes num_simulations passes of f and moves of the game; an update takes 3 of f.
 Expect: configs/alphazero_tic_tac_toe.py: 0.91 against a greedy player after 200k moves (4 seeds), 31 s a seed.
@@ -168,7 +169,7 @@ def play(run, key, source, num_steps):
         row = dict(board=run.obs["board"], reward=step.reward, terminated=step.terminated, policy=policy)
         return run._replace(env_state=env_state, obs=step.obs), (row, step.info["episode"])
 
-    # The buffer stays out of this loop, which would copy it.
+    # Without the buffer: this loop would copy it.
     buffer, run = run.buffer, run._replace(buffer=())
     run, (rows, episode) = jax.lax.scan(env_step, run, jax.random.split(key, (num_steps, 3)))
     return (run._replace(buffer=buffer.add(rows), clock=run.clock.tick(env_steps=rows["reward"].size)),

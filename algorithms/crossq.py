@@ -17,8 +17,8 @@ Child of sac.py; the diff is the method.
     π actor, Q critic, α temperature; E the mean over a minibatch of (s, a, r, s', terminated), drawn with replacement
     from the buffer. a, a', ã lie in (−1, 1)^A; the environment gets them stretched to its box. m_B, s_B mean and
     deviation of the rows of a batch; m, s running ones; γ̂, β̂ learnt; μ norm_momentum. Q is in train mode in L_Q, π in
-    L_π, and each moves its m, s there; everywhere else both are in act mode. In the first renorm_after of its own
-    passes in train mode a layer has r = 1 and d = 0.
+    L_π, and each moves its m, s there; everywhere else both are in act mode. Until a layer has had
+    renorm_after passes in train mode, r = 1 and d = 0: plain batch normalisation. A run of 100k updates never leaves it.
 
     init         random_steps steps of random actions, uniform over the box
     train_step   num_steps times, in every environment: a ~ π(·|s), step, store
@@ -29,11 +29,12 @@ Ends: the buffer keeps the true successor s', also where an episode ended. At a 
 other end the target is r. The next episode starts by itself.
 Random: first weights (agent_key), start states (reset_key, env_key), random actions and those of π (act_key),
 minibatches (sample_key), a' (critic_key), ã (actor_key).
-Departures: none in the equations; weights start orthogonal (√2, last layers 1), log σ >= −10 (−20). The configs
-have narrower critics than 2048, for a CPU.
+Departures from the authors' code: weights start orthogonal (√2, in last layers 1); log σ is at least −10, theirs −20; α
+has Adam's β₁ = 0.5, too, theirs 0.9. The critics of the configs are narrower than 2048, so that a CPU can train them.
 Kept: `Run`: agent (networks with their m and s, optimisers, log α, number of updates), buffer, environments and their
-observations, clock. A checkpoint is `Run`, with the buffer in it.
-Decides: critic_dims; lr; norm_momentum (not measured here).
+observations, clock. A checkpoint holds `Run`, the number of the iteration and the sums since the last row of the log.
+No key is kept: the launcher makes one from the seed and that number. Simulators of Gymnasium start new episodes.
+Decides, after the paper (none of them was measured here): critic_dims; lr; norm_momentum.
 Cost: an update with critic_dims (256, 256) and batch_size 256 takes 0.6 GFLOP, as much as one of SAC: the critic's pass
 has twice the rows, and π learns every third time. With (2048, 2048) it takes 29 GFLOP.
 Expect: configs/crossq_half_cheetah.py: 7,665 after 100k steps with critics 256 wide (4 seeds); SAC has 5,178.
@@ -279,7 +280,7 @@ def play(run, key, source, num_steps, policy):
                           terminated=step.terminated.astype(jnp.float32))
         return run._replace(env_state=env_state, obs=step.obs), (transition, step.info["episode"])
 
-    # The buffer stays out of this loop, which would copy it.
+    # Without the buffer: this loop would copy it.
     buffer, run = run.buffer, run._replace(buffer=())
     run, (transitions, episode) = jax.lax.scan(env_step, run, jax.random.split(key, (num_steps, 2)))
     return run._replace(buffer=buffer), transitions, jax.tree.map(jnp.sum, episode)

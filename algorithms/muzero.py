@@ -29,7 +29,9 @@ found bad. mctx divides q by the range at each node, so there a small difference
 is ours, and e (in the paper only rewards and values tell of an end). The value at a time limit is the network's when it
 was stored. One perceptron gives p and v, another s, r and e; the learning rate falls to 0.
 Kept: `Run`: model and optimiser, buffer (a row holds one step of all environments), environments and observations,
-clock. A checkpoint is `Run`, with the buffer in it.
+clock. A checkpoint holds `Run`, the
+number of the iteration and the sums since the last row of the log. No key is kept: the launcher makes one from the seed
+and that number.
 Decides: num_simulations; num_updates for num_envs · num_steps steps; n_step, discount; value_bound, within which
 every transformed return has to lie.
 Cost: a search takes num_simulations passes of g and f and walks through the tree; an update takes 3 (K + 1).
@@ -258,7 +260,7 @@ def play(run, key, source, num_steps):
                    truncated=step.truncated, next_value=run.agent.value(step.next_obs), policy=policy, value=value)
         return run._replace(env_state=env_state, obs=step.obs), (row, step.info["episode"])
 
-    # The buffer stays out of this loop, which would copy it.
+    # Without the buffer: this loop would copy it.
     buffer, run = run.buffer, run._replace(buffer=())
     run, (rows, episode) = jax.lax.scan(env_step, run, jax.random.split(key, (num_steps, 3)))
     newest = jnp.maximum(buffer.data["priority"].max(), 1e-3)  # what is new is drawn soon

@@ -24,7 +24,9 @@ Random: first weights (agent_key), start states (reset_key, env_key), the search
 actions (explore_key), what is searched again (index_key), minibatches (update_key).
 Departures: l sees two observations, the paper's all until then. The rest is as in muzero.py.
 Kept: `Run`: model and optimiser, buffer (a row holds one step of all environments), environments and observations,
-clock. A checkpoint is `Run`, with the buffer in it.
+clock. A checkpoint holds `Run`, the
+number of the iteration and the sums since the last row of the log. No key is kept: the launcher makes one from the seed
+and that number.
 Decides: num_simulations, of which about half go to outcomes of chance; num_codes; num_updates for num_envs · num_steps
 steps.
 Cost: a search takes num_simulations passes of all networks but h and l; an update takes 3 (K + 1).
@@ -285,7 +287,7 @@ def play(run, key, source, num_steps):
                    truncated=step.truncated, next_value=run.agent.value(step.next_obs), policy=policy, value=value)
         return run._replace(env_state=env_state, obs=step.obs), (row, step.info["episode"])
 
-    # The buffer stays out of this loop, which would copy it.
+    # Without the buffer: this loop would copy it.
     buffer, run = run.buffer, run._replace(buffer=())
     run, (rows, episode) = jax.lax.scan(env_step, run, jax.random.split(key, (num_steps, 3)))
     newest = jnp.maximum(buffer.data["priority"].max(), 1e-3)  # what is new is drawn soon
