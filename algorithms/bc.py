@@ -1,9 +1,9 @@
 """Behaviour cloning: the actor's log-likelihood of the actions in a data set, by Adam.
 
     L = −E[log π(a|s)]                                                                         Agent.loss
-    π(·|s) = N(c + h μ(s), diag(h σ)²)  for real actions, h half the width of their box and c its centre; without bounds
-             0 and 1; σ depends on no state
-    π(·|s) = softmax(f(s))  for counted actions
+    π(·|s) = N(c + h μ(s), diag(h σ)²)  for continuous actions, c the centre and h half the width of their box (without
+             bounds 0 and 1); σ depends on no state
+    π(·|s) = softmax(f(s))  for discrete actions
 
     E the mean over a minibatch of (s, a), drawn with replacement from the data set.
 
@@ -11,10 +11,11 @@ No paper: it is maximum likelihood (Pomerleau, 1989, "ALVINN", is the first such
 well the greedy action fits: `mse`, the mean over the minibatch and the A numbers of ((c + h μ(s) − a) / h)², or
 `accuracy`, the share of actions that are the most likely one.
 
-Ends: no step looks at another one, so ends play no role. Rewards are not used.
+Ends: the loss uses each step alone, so ends play no role. Rewards are not used.
 Random: first weights (init), minibatches (the keys that train_step splits).
-Departures: none from the equations; log σ is clipped; weights start orthogonal (√2, last layer 0.01).
-Kept: `Run`: actor, optimiser, clock. The data are not in it.
+Departures: the equations, but log σ is clipped; weights start orthogonal (√2, last layer 0.01).
+Kept: `Run`: actor, optimiser, clock. The data are not in it. A checkpoint holds `Run`, the number of the iteration and
+the sums since the last row of the log.
 Decides: the data; updates, since after too many of them the actor fits the noise in few data.
 Cost: an update at hidden_dims (256, 256), batch_size 256 and HalfCheetah's sizes takes 0.1 GFLOP: one forward pass of
 the actor and its gradient, which counts as two. Steps of an environment are taken in evaluation only.

@@ -18,7 +18,7 @@ Child of sac.py; the diff is the method.
     from the buffer. a, a', ã lie in (−1, 1)^A; the environment gets them stretched to its box. m_B, s_B mean and
     deviation of the rows of a batch; m, s running ones; γ̂, β̂ learnt; μ norm_momentum. Q is in train mode in L_Q, π in
     L_π, and each moves its m, s there; everywhere else both are in act mode. Until a layer has had
-    renorm_after passes in train mode, r = 1 and d = 0: plain batch normalisation. A run of 100k updates never leaves it.
+    renorm_after passes in train mode, r = 1 and d = 0: plain batch normalisation. No run of 100k updates leaves it.
 
     init         random_steps steps of random actions, uniform over the box
     train_step   num_steps times, in every environment: a ~ π(·|s), step, store

@@ -17,10 +17,11 @@
 Ends: at a time limit (truncated) y bootstraps from s', at any other end (terminated) it is r. A return is that of all
 steps to an end of either kind, or to the end of the data.
 Random: first weights (actor_key, value_key, critic_key), minibatches (the keys that train_step splits).
-Departures: weights start orthogonal (√2, last layers 1; in the authors' code √2 everywhere). As in that code: π is a
-normal with mean tanh μ(s) and a deviation σ that depends on no state, its log clipped; the actor's learning rate falls
-to zero along a cosine; L_Q has no ½; rewards are scaled (in that code for MuJoCo only, to 1000).
+Departures from the authors' code: last layers start with scale 1, theirs with √2; rewards are scaled in every
+environment, there in MuJoCo only, to 1000. As in that code: π is a normal with mean tanh μ(s) and a deviation σ that
+depends on no state, its log clipped; the actor's learning rate falls to zero along a cosine.
 Kept: `Run`: agent (networks, optimisers, target critic), scale of the rewards, clock. The data are not in it.
+A checkpoint holds `Run`, the number of the iteration and the sums since the last row of the log.
 Decides: the data; expectile and inverse_temperature; return_range, against which β is set.
 Cost: an update at hidden_dims (256, 256), batch_size 256 and HalfCheetah's sizes takes 0.6 GFLOP: 8 forward passes of a
 critic, 5 of V, 3 of the actor, where a gradient counts as two. Steps of an environment are taken in evaluation only.

@@ -9,8 +9,8 @@
           during a rollout it is constant
 
     Q is a network with LayerNorm after every layer but the last; s' is next_obs, the true successor; r is reward_scale
-    times the reward of the environment. V and G are computed once, before the updates: the targets of an iteration stay fixed, without a target network. According to
-    the paper, the normalisation keeps Q from growing without bound.
+    times the reward of the environment. V and G are computed once, before the updates: the targets of an iteration stay
+    fixed, without a target network. According to the paper, the normalisation keeps Q from growing without bound.
 
     train_step   num_steps times, in every environment: choose a, step
                  V of all s', then G, backwards through the rollout
@@ -18,7 +18,8 @@
 
 Ends: at a time limit (truncated) G bootstraps with V(s'), at any other end (terminated) with 0; no sum crosses an end.
 The environment then starts a new episode by itself: step.obs is its first observation.
-Random: first weights (agent_key), start states and steps (env_key), exploration (act_key), order of the samples (update_key).
+Random: first weights (agent_key), start states and steps (env_key), exploration (act_key), order of the samples
+(update_key).
 Departures from the authors' code: at a time limit G bootstraps from s', theirs treats it as an end; weights start
 orthogonal (√2; last layer 1). As in their code: reward_scale; the learning rate falls linearly to zero; gradients are
 clipped by global norm; an observation with three axes first passes through one 3x3 convolution.
