@@ -6,11 +6,11 @@ the co-player. An evolution strategy compares whole trials and differentiates th
 
     ε_i ~ N(0, I), i = 1 … P/2;   ε_{P/2+i} = −ε_i          antithetic pairs                            Agent.draw
     f_i = mean return of a trial with policy θ + σ ε_i, over E trials, the same for all i              trials
-    w_i = Σ_j sign(f_i − f_j) / (2 (P − 1))                 the rank of f_i, from −½ to ½               shape
+    w_i = (rank_i − 1) / (P − 1) − ½                        rank 1 for the lowest f_i, P for the highest shape
     g   = Σ_i w_i ε_i / (P σ)                                                                          Agent.update
     θ  <- θ + α Adam(g)                                                                                Agent.update
 
-    θ mean, the policy's parameters; σ noise_std; P population; E num_envs; α lr. Equal returns have equal ranks.
+    θ mean, the policy's parameters; σ noise_std; P population; E num_envs; α lr. Equal returns share their mean rank.
 
 Here the policy is θ itself: five logits, of a player who remembers one round (core/envs/learning_coplayer.py). The
 agent observes the co-player and does not use it: a policy that did would adapt within the trial.
@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 from flax import struct
+from jax.scipy.stats import rankdata
 
 from core.clock import Clock
 from core.config import count, positive
@@ -79,7 +80,7 @@ class Agent(struct.PyTreeNode):
 
 
 def shape(fitness):  # (P,) -> (P,)
-    return jnp.sign(fitness[:, None] - fitness[None]).sum(axis=1) / (2 * (fitness.size - 1))
+    return (rankdata(fitness) - 1) / (fitness.size - 1) - 0.5
 
 
 class Run(NamedTuple):
