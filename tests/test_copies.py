@@ -59,6 +59,9 @@ PLANTED_ERRORS = {
     "pets: all updates draw the same rows": (
         "algorithms/pets.py", "jax.random.split(key, self.config.num_updates))",
         "jnp.broadcast_to(key, (self.config.num_updates,)))", "test_every_key_of_a_method_serves_once[pets]"),
+    "good_shepherd: noise and trials draw from one key": (
+        "algorithms/good_shepherd.py", "(members, trial_key, source)", "(members, noise_key, source)",
+        "test_every_key_of_a_method_serves_once[good_shepherd]"),
     "a policy and its environment share their keys": ("core/evaluation.py", "act(carry, obs, act_key)",
                                                       "act(carry, obs, env_key)",
                                                       "test_every_key_of_an_evaluation_serves_once"),
@@ -92,6 +95,7 @@ PLANTED_ERRORS = {
         "test_members_and_particles_of_pets_draw_on_their_own"),
 }
 SEEDS, ENVS, AGENTS, ITERATIONS, RECORD = 2, 3, 2, 2, 16
+GAMES = dict(lola="infinite_matrix_game", good_shepherd="learning_coplayer")  # of methods that no other one fits
 
 
 class Params(NamedTuple):
@@ -199,8 +203,8 @@ def trained(name) -> tuple[Any, Any, Any]:
     # Among so many actions no two copies choose the same one.
     choices = dict(action_space=Discrete(100_000)) if name in ("pqn", "muzero", "alphazero") else {}
     source = Batch(Witness(AGENTS if name == "ippo" else 0, **choices), ENVS)
-    if name == "lola":
-        source = make_env("infinite_matrix_game", ENVS)
+    if name in GAMES:
+        source = make_env(GAMES[name], ENVS)
     if name == "alphazero":
         source = Batch(Board(max_steps=3, **choices), ENVS)
     if "dataset" in config:
