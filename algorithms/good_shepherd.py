@@ -22,9 +22,11 @@ Departures: the paper's agent designs mechanisms for many learners; this is the 
 constant, there is no weight decay, and Adam has its usual constants. Values are exact, so no round is sampled.
 Kept: `Run`: θ, Adam's moments, the clock. A checkpoint holds `Run`, the number of the iteration and the sums since the
 last row of the log.
-Decides: noise_std; num_envs; the co-player's learning_rate.
-Cost: one generation plays P · E trials. Each step of a trial is a gradient through four linear equations.
-Expect: nothing yet.
+Decides: noise_std; the co-player's learning_rate.
+Cost: one generation plays P · E trials of 100 steps. Each step takes a gradient through four linear equations.
+Expect: a return of −64.2, IQM of 8 seeds, after 200 generations of 102,400 steps with configs/good_shepherd_ipd.py:
+−0.64 per round, and −1.86 for the co-player. Who cooperates has −1, who defects −2. 79 s for all seeds on 2 CPU cores,
+after 18 s of compilation.
 """
 import pathlib
 from typing import Any, NamedTuple
