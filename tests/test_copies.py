@@ -80,6 +80,9 @@ PLANTED_ERRORS = {
         f"algorithms/{name}.py", "source.step(env_key,", "source.step(act_key,",
         f"test_every_key_of_a_method_serves_once[{name}]")
        for name in ("icem_online", "icem_online_gradient", "icem_online_lora", "icem_online_refit")},
+    "ppo_memory: the environment draws from the key of the policy": (
+        "algorithms/ppo_memory.py", "source.step(env_key,", "source.step(act_key,",
+        "test_every_key_of_a_method_serves_once[ppo_memory]"),
     "ppo: one action for all": ("algorithms/ppo.py", "action = dist.sample(seed=act_key)",
         "action = dist.mean() + (dist.sample(seed=act_key) - dist.mean())[:1]", f"{OWN_KEYS}[ppo]"),
     "ippo: one noise for all agents": ("algorithms/ippo.py", "action = dist.sample(seed=act_key)",

@@ -25,8 +25,8 @@ from launchers.train import train
 
 ROOT = pathlib.Path(__file__).parents[1]
 PPO, PETS, EKF = (f"--config=algorithms/{name}.py" for name in ("ppo", "pets", "ekf_lqr"))
-SAC, CROSSQ, PQN, MUZERO, ZERO, LOLA, SHEPHERD = (f"--config=algorithms/{name}.py" for name in (
-    "sac", "crossq", "pqn", "muzero", "alphazero", "lola", "good_shepherd"))
+SAC, CROSSQ, PQN, MUZERO, ZERO, LOLA, SHEPHERD, MEMORY = (f"--config=algorithms/{name}.py" for name in (
+    "sac", "crossq", "pqn", "muzero", "alphazero", "lola", "good_shepherd", "ppo_memory"))
 POLE, TRACKING, OFFLINE = "--config=configs/icem_online_longer_pole.py", "--config=algorithms/ippo.py", (
     "--config=algorithms/dynamics.py")
 
@@ -66,6 +66,7 @@ NUMBERS = {  # of every config, and what it may not be
                eval_every=(0,), **{"env_kwargs.discount": (0, 1, -0.1, "nan"), "env_kwargs.payoff": (
                    "((-1,-1),(-3,0),(0,-3))", "((-1,-1),(-3,0),(0,-3),(-2,1e999))", "((-1,-1),(-3,0),(0,-3),(-2,'D'))",
                    "(-1,-3,0,-2)", "((-1,-1),(-3,0),(0,-3),(-2,None))", "nan", -1)}),
+    MEMORY: dict(memory_dim=(0, -1), num_minibatches=(0, 3)),
     SHEPHERD: dict(population=(0, 7, -2), noise_std=(0, -1, "nan"), lr=(0, -1), updates=(0,), num_envs=(0,), **{
         "env_kwargs.discount": (1,), "env_kwargs.learning_rate": (0, -1, "inf"), "env_kwargs.init_std": (0,),
         "env_kwargs.max_steps": (0, 2.5)}),
