@@ -25,8 +25,8 @@ last row of the log.
 Decides: noise_std; the co-player's learning_rate.
 Cost: one generation plays P · E trials of 100 steps. Each step takes a gradient through four linear equations.
 Expect: a return of −64.2, IQM of 8 seeds, after 200 generations of 102,400 steps with configs/good_shepherd_ipd.py:
-−0.64 per round, and −1.86 for the co-player. Who cooperates has −1, who defects −2. 79 s for all seeds on 2 CPU cores,
-after 18 s of compilation.
+−0.64 per round, and −1.86 for the co-player. Who cooperates has −1, who defects −2. 80 s for all seeds on 2 CPU cores,
+180 s where other programs run.
 """
 import pathlib
 from typing import Any, NamedTuple

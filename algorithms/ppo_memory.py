@@ -15,7 +15,8 @@ Departures: those of ppo.py. π and V share φ and the GRU, and are linear in h.
 Kept: `Run`: that of ppo.py, with the memory of each environment and whether an episode has just started there.
 Decides: num_steps, how far gradients reach back; lr; memory_dim.
 Cost: that of ppo.py, but the T steps of a rollout come one after the other in learning, too.
-Expect: nothing yet.
+Expect: −100 against tit-for-tat after 160k steps, every one of 8 seeds: cooperation in all of 100 rounds. 34 s in all
+on 2 CPU cores, after 25 s of compilation, with configs/ppo_memory_tft.py.
 """
 import pathlib
 from typing import Any, NamedTuple
