@@ -48,7 +48,7 @@ PLANTED_ERRORS = {  # and the test that has to notice
                                                       VALUES),
     "values exchanged": (FILE, "for x in (flat, after)]", "for x in (after, flat)]", VALUES),
     "the successor after the reset": (FILE, "values(run, memory, step.next_obs)", "values(run, memory, step.obs)",
-                                      LIMIT),
+                                      "test_the_first_update_bootstraps_from_the_true_successor"),
     "evaluation forgets": (FILE, "return memory, run.agent", "return carry, run.agent", WHOLE),
     "evaluation samples": (FILE, 'method="actor").mode()', 'method="actor").sample(seed=key)', WHOLE),
     "an episode starts with ones": (FILE, "return jnp.zeros((num_envs, run", "return jnp.ones((num_envs, run", WHOLE),
@@ -60,8 +60,10 @@ PLANTED_ERRORS = {  # and the test that has to notice
 
 
 class Recall(NamedTuple):
-    """Two or three steps. Only the first observation shows a sign; the reward is 1 for naming it at the last step."""
+    """Two or three steps. Only the first observation shows a sign; the reward is 1 for naming it at the last step. That
+    is an end, or a limit whose observation has a mark."""
 
+    limit: bool = False
     max_steps: int = 3
     action_space: Discrete = Discrete(2)
 
@@ -73,7 +75,9 @@ class Recall(NamedTuple):
     def step(self, key, state, action):
         sign, t = state
         last = t == 2
-        return (sign, t + 1), probes.time_step(jnp.zeros(1), last & (action == (sign[0] > 0)), terminated=last)
+        return (sign, t + 1), probes.time_step(
+            jnp.where(last & self.limit, jnp.full(1, 5.0), 0.0), last & (action == (sign[0] > 0)),
+            terminated=last & (not self.limit), truncated=last & self.limit)
 
 
 CONFIG = dict(num_envs=16, num_steps=12, env_steps=16 * 12 * 60, hidden_dims=(8,), memory_dim=8, lr=1e-2,
@@ -125,7 +129,7 @@ class Started(NamedTuple):
 @functools.cache
 def started():
     config = make_config(num_steps=4, lr=1e-9, num_minibatches=4)
-    source = probes.batch(Recall(), 16)
+    source = probes.batch(Recall(limit=True), 16)
     run = ppo_memory.init(jax.random.key(1), source, config)
     params = jax.tree.map(jnp.copy, run.agent.actor_critic.params)
     params["policy"]["Dense_0"]["kernel"] *= 1000
@@ -133,7 +137,7 @@ def started():
     step = jax.jit(lambda run, key: ppo_memory.train_step(run, key, source, config))
     run, _ = step(run, jax.random.key(2))
     return Started(run, *step(run, jax.random.key(3)), jax.jit(lambda run, key: ppo_memory.rollout(
-        run, key, source, config))(run, jax.random.key(4)))
+        run, key, source, config))(run, jax.random.split(jax.random.key(3))[0]))  # the one of that step
 
 
 def test_memories_are_those_of_whole_episodes():
@@ -195,6 +199,18 @@ def test_no_policy_has_moved_before_the_first_step():
     params = run.agent.actor_critic.params
     assert abs(run.agent.loss(params, rollout_as_a_batch(rolled, run.memory))[1]["approx_kl"]) < 1e-7
     assert run.agent.loss(params, rollout_as_a_batch(rolled, run.memory[::-1]))[1]["approx_kl"] > 1e-5
+
+
+def test_the_first_update_bootstraps_from_the_true_successor():
+    """Then V is still V_old, and the value loss is ½ E[A²]: A by hand, with the memory of the end of an episode."""
+    run, _, info, (_, (_, first, memory, *_, step)) = started()
+    value, next_value = (np.float64(x) for x in ppo_memory.values(run, memory, step.next_obs))
+    advantage, later = np.zeros(value.shape), 0.0
+    for t in reversed(range(4)):
+        delta = step.reward[t] + 0.99 * next_value[t] - value[t]
+        advantage[t] = later = delta + 0.99 * 0.95 * ~np.asarray(step.truncated[t]) * later
+    assert step.truncated.any() and not step.terminated.any()
+    np.testing.assert_allclose(info["value_loss"], 0.5 * np.square(advantage).mean(), rtol=1e-3)
 
 
 def test_the_loss_is_that_of_ppo():
