@@ -185,7 +185,7 @@ def get_config(name):
     sizes = dict(num_envs=ENVS, num_steps=min(3, config.get("num_steps", 0)), env_steps=64, random_steps=4 * ENVS,
                  num_minibatches=3, num_epochs=2, num_updates=2, horizon=3, kept_elites=2, about="params", window=3,
                  rollout_steps=2, hidden_dims=(4,), critic_dims=(4,), buffer_size=64, batch_size=5, policy_delay=1,
-                 unroll=1, n_step=1, num_simulations=2, latent_dim=3,
+                 unroll=1, n_step=1, num_simulations=2, latent_dim=3, memory_dim=4,
                  final_epsilon=1.0)
     config.update({key: size for key, size in sizes.items() if key in config})
     if "planner" in config:
