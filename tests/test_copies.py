@@ -65,6 +65,9 @@ PLANTED_ERRORS = {
         f"algorithms/{name}.py", "jax.random.split(key, config.updates_per_step)",
         "jnp.broadcast_to(key, (config.updates_per_step,))", f"test_every_key_of_a_method_serves_once[{name}]")
        for name in ("iql", "bc")},
+    "good_shepherd: noise and trials draw from one key": (
+        "algorithms/good_shepherd.py", "(members, trial_key, source)", "(members, noise_key, source)",
+        "test_every_key_of_a_method_serves_once[good_shepherd]"),
     "a policy and its environment share their keys": ("core/evaluation.py", "act(carry, obs, act_key)",
                                                       "act(carry, obs, env_key)",
                                                       "test_every_key_of_an_evaluation_serves_once"),
@@ -83,6 +86,9 @@ PLANTED_ERRORS = {
         f"algorithms/{name}.py", "source.step(env_key,", "source.step(act_key,",
         f"test_every_key_of_a_method_serves_once[{name}]")
        for name in ("icem_online", "icem_online_gradient", "icem_online_lora", "icem_online_refit")},
+    "ppo_memory: the environment draws from the key of the policy": (
+        "algorithms/ppo_memory.py", "source.step(env_key,", "source.step(act_key,",
+        "test_every_key_of_a_method_serves_once[ppo_memory]"),
     "ppo: one action for all": ("algorithms/ppo.py", "action = dist.sample(seed=act_key)",
         "action = dist.mean() + (dist.sample(seed=act_key) - dist.mean())[:1]", f"{OWN_KEYS}[ppo]"),
     "ippo: one noise for all agents": ("algorithms/ippo.py", "action = dist.sample(seed=act_key)",
@@ -98,6 +104,7 @@ PLANTED_ERRORS = {
         "test_members_and_particles_of_pets_draw_on_their_own"),
 }
 SEEDS, ENVS, AGENTS, ITERATIONS, RECORD = 2, 3, 2, 2, 16
+GAMES = dict(lola="infinite_matrix_game", good_shepherd="learning_coplayer")  # of methods that no other one fits
 
 
 class Params(NamedTuple):
@@ -184,7 +191,7 @@ def get_config(name):
     sizes = dict(num_envs=ENVS, num_steps=min(3, config.get("num_steps", 0)), env_steps=64, random_steps=4 * ENVS,
                  num_minibatches=3, num_epochs=2, num_updates=2, horizon=3, kept_elites=2, about="params", window=3,
                  rollout_steps=2, hidden_dims=(4,), critic_dims=(4,), buffer_size=64, batch_size=5, policy_delay=1,
-                 unroll=1, n_step=1, num_simulations=2, latent_dim=3,
+                 unroll=1, n_step=1, num_simulations=2, latent_dim=3, memory_dim=4,
                  num_codes=2, final_epsilon=1.0)
     config.update({key: size for key, size in sizes.items() if key in config})
     if "planner" in config:
@@ -205,8 +212,8 @@ def trained(name) -> tuple[Any, Any, Any]:
     # Among so many actions no two copies choose the same one.
     choices = dict(action_space=Discrete(100_000)) if name in ("pqn", *SEARCHING) else {}
     source = Batch(Witness(AGENTS if name == "ippo" else 0, **choices), ENVS)
-    if name == "lola":
-        source = make_env("infinite_matrix_game", ENVS)
+    if name in GAMES:
+        source = make_env(GAMES[name], ENVS)
     if name == "alphazero":
         source = Batch(Board(max_steps=3, **choices), ENVS)
     if "dataset" in config:

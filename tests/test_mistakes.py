@@ -25,9 +25,10 @@ from launchers.train import train
 
 ROOT = pathlib.Path(__file__).parents[1]
 PPO, PETS, EKF = (f"--config=algorithms/{name}.py" for name in ("ppo", "pets", "ekf_lqr"))
-SAC, CROSSQ, PQN, MUZERO, CHANCE, ZERO, LOLA = (f"--config=algorithms/{name}.py" for name in (
-    "sac", "crossq", "pqn", "muzero", "stochastic_muzero", "alphazero", "lola"))
-IQL, BC = (f"--config=algorithms/{name}.py" for name in ("iql", "bc"))
+SAC, CROSSQ, PQN, MUZERO, CHANCE, ZERO = (f"--config=algorithms/{name}.py" for name in (
+    "sac", "crossq", "pqn", "muzero", "stochastic_muzero", "alphazero"))
+LOLA, SHEPHERD, MEMORY, IQL, BC = (f"--config=algorithms/{name}.py" for name in (
+    "lola", "good_shepherd", "ppo_memory", "iql", "bc"))
 POLE, TRACKING, OFFLINE = "--config=configs/icem_online_longer_pole.py", "--config=algorithms/ippo.py", (
     "--config=algorithms/dynamics.py")
 
@@ -72,6 +73,10 @@ NUMBERS = {  # of every config, and what it may not be
                eval_every=(0,), **{"env_kwargs.discount": (0, 1, -0.1, "nan"), "env_kwargs.payoff": (
                    "((-1,-1),(-3,0),(0,-3))", "((-1,-1),(-3,0),(0,-3),(-2,1e999))", "((-1,-1),(-3,0),(0,-3),(-2,'D'))",
                    "(-1,-3,0,-2)", "((-1,-1),(-3,0),(0,-3),(-2,None))", "nan", -1)}),
+    MEMORY: dict(memory_dim=(0, -1), num_minibatches=(0, 3)),
+    SHEPHERD: dict(population=(0, 7, -2), noise_std=(0, -1, "nan"), lr=(0, -1), updates=(0,), num_envs=(0,), **{
+        "env_kwargs.discount": (1,), "env_kwargs.learning_rate": (0, -1, "inf"), "env_kwargs.init_std": (0,),
+        "env_kwargs.max_steps": (0, 2.5)}),
 }
 CULPRITS = {"env_steps=10": "no iteration"}
 TYPED = """
@@ -138,6 +143,9 @@ train $ZERO --config.env=pgx/tictactoe                                      | ti
 train $LOLA --config.env=iterated_matrix_game                               | "values"
 train $LOLA --config.env=gymnax/CartPole-v1                                 | "values"
 train $LOLA --config.env_kwargs.payof=1                                     | payoff
+train $SHEPHERD --config.env=infinite_matrix_game                           | several agents
+train $SHEPHERD --config.env=fixed_coplayer                                 | "reports_coplayer"
+train $SHEPHERD --config.env_kwargs.coplayer=naive                          | learning_rate
 train $PPO --config.env=iterated_matrix_game                                | several agents
 train $PPO --config.env=fixed_coplayer --config.env_kwargs.coplayer=me      | coplayer
 train $PPO --config.env=fixed_coplayer "--config.env_kwargs.payoff=((0,),)" | payoff
@@ -353,7 +361,8 @@ def rows():
                 typed = f"{key}={value}"
                 yield "train", [config, f"--config.{typed}"], CULPRITS.get(typed, key.rpartition(".")[2])
     names = dict(PPO=PPO, PETS=PETS, EKF=EKF, SAC=SAC, CROSSQ=CROSSQ, PQN=PQN, MUZERO=MUZERO, CHANCE=CHANCE, ZERO=ZERO,
-                 LOLA=LOLA, IQL=IQL, BC=BC, POLE=POLE, TRACKING=TRACKING, OFFLINE=OFFLINE)
+                 LOLA=LOLA, SHEPHERD=SHEPHERD, MEMORY=MEMORY, IQL=IQL, BC=BC, POLE=POLE, TRACKING=TRACKING,
+                 OFFLINE=OFFLINE)
     for line in TYPED.strip().splitlines():
         words, culprit = line.split(" | ")
         for name, value in names.items():
