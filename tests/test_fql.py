@@ -71,7 +71,7 @@ PLANTED_ERRORS = {  # and the test that has to notice
     "no LayerNorm": (FQL, "nn.LayerNorm()(nn.gelu(x))", "nn.gelu(x)", LOSSES),
     "another activation": (FQL, "1), activation=gelu_norm)", "1), activation=nn.gelu)", LOSSES),
     "ReLU in the flow": (FQL, "activation=nn.gelu)", "activation=nn.relu)", LOSSES),
-    "an action without bounds": (FQL, "jnp.clip(self.actor(obs, noise), -1.0, 1.0)", "self.actor(obs, noise)", GREEDY),
+    "an action without bounds": (FQL, "jnp.clip(self.actor(obs, noise), -1.0, 1.0)", "self.actor(obs, noise)", LOSSES),
     "the actor sees the new critic": (FQL, "actor, actor_info = self.actor.minimize(self.actor_loss",
         "actor, actor_info = self.actor.minimize(self.replace(critic=critic).actor_loss", ORDER),
     "the actor sees the new flow": (FQL, "actor, actor_info = self.actor.minimize(self.actor_loss",
