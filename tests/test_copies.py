@@ -64,10 +64,19 @@ PLANTED_ERRORS = {
     **{f"{name}: all updates draw the same rows": (
         f"algorithms/{name}.py", "jax.random.split(key, config.updates_per_step)",
         "jnp.broadcast_to(key, (config.updates_per_step,))", f"test_every_key_of_a_method_serves_once[{name}]")
-       for name in ("iql", "bc")},
+       for name in ("iql", "bc", "fql")},
     "good_shepherd: noise and trials draw from one key": (
         "algorithms/good_shepherd.py", "(members, trial_key, source)", "(members, noise_key, source)",
         "test_every_key_of_a_method_serves_once[good_shepherd]"),
+    "rebrac: all rounds draw the same rows": (
+        "algorithms/rebrac.py", "jax.random.split(key, rounds)", "jnp.broadcast_to(key, (rounds,))",
+        "test_every_key_of_a_method_serves_once[rebrac]"),
+    "rebrac: all critic updates share their noise": (
+        "algorithms/rebrac.py", "jax.random.split(key, self.config.policy_delay)",
+        "jnp.broadcast_to(key, (self.config.policy_delay,))", "test_every_key_of_a_method_serves_once[rebrac]"),
+    "fql: targets draw the noise of the actor": (
+        "algorithms/fql.py", "(self.critic_loss, batch, critic_key)", "(self.critic_loss, batch, actor_key)",
+        "test_every_key_of_a_method_serves_once[fql]"),
     "a policy and its environment share their keys": ("core/evaluation.py", "act(carry, obs, act_key)",
                                                       "act(carry, obs, env_key)",
                                                       "test_every_key_of_an_evaluation_serves_once"),

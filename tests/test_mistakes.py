@@ -27,8 +27,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 PPO, PETS, EKF = (f"--config=algorithms/{name}.py" for name in ("ppo", "pets", "ekf_lqr"))
 SAC, CROSSQ, PQN, MUZERO, CHANCE, ZERO = (f"--config=algorithms/{name}.py" for name in (
     "sac", "crossq", "pqn", "muzero", "stochastic_muzero", "alphazero"))
-LOLA, SHEPHERD, MEMORY, IQL, BC = (f"--config=algorithms/{name}.py" for name in (
-    "lola", "good_shepherd", "ppo_memory", "iql", "bc"))
+LOLA, SHEPHERD, MEMORY, IQL, BC, REBRAC, FQL = (f"--config=algorithms/{name}.py" for name in (
+    "lola", "good_shepherd", "ppo_memory", "iql", "bc", "rebrac", "fql"))
 POLE, TRACKING, OFFLINE = "--config=configs/icem_online_longer_pole.py", "--config=algorithms/ippo.py", (
     "--config=algorithms/dynamics.py")
 
@@ -58,6 +58,9 @@ NUMBERS = {  # of every config, and what it may not be
               discount=(1.01,), tau=(-0.1, 1.1), expectile=(-0.1, 1.1, "nan"), inverse_temperature=(0, -3),
               max_weight=(0, "inf"), return_range=(0, -1), log_std_bounds=("(2,-5)",), hidden_dims=("(0,)",)),
     BC: dict(updates=(0,), updates_per_step=(0,), batch_size=(-1,), lr=(0, "nan"), log_std_bounds=("(1,)",)),
+    REBRAC: dict(batch_size=(0,), lr=(0,), discount=(1.01,), tau=(-0.1,), actor_penalty=(-1, "nan"),
+                 critic_penalty=(-1,), smoothing_std=(-0.1,), smoothing_clip=(-0.5,), policy_delay=(0, 3)),
+    FQL: dict(batch_size=(0,), lr=(-1,), discount=(1.01,), tau=(1.1,), flow_steps=(0, -1, 2.5), distill_weight=(-1,)),
     CROSSQ: dict(policy_delay=(0,), adam_b1=(1.2,), norm_momentum=(-0.1,), renorm_after=(-1,), r_max=(0,), d_max=(0,),
                  critic_dims=("(2.5,)",)),
     PQN: dict(init_epsilon=(1.1,), final_epsilon=(-0.1,), epsilon_steps=(-1,), trace=(1.5,), channels=(-1,),
@@ -181,6 +184,8 @@ train $OFFLINE --config.dataset=$SCRATCH                                    | $S
 train $OFFLINE --config.dataset=minari:nothing/of-the-kind-v0               | inari
 train $IQL --config.dataset=$SCRATCH/good.npz                               | obs (4,) where the environment has (3,)
 train $IQL --config.env=gymnax/CartPole-v1 --config.dataset=$SCRATCH/poles.npz | discrete actions
+train $REBRAC --config.env=gymnax/CartPole-v1 --config.dataset=$SCRATCH/poles.npz | discrete actions
+train $FQL --config.env=gymnax/CartPole-v1 --config.dataset=$SCRATCH/poles.npz | discrete actions
 train $BC --config.env=cartpole_swingup --config.dataset=$SCRATCH/five.npz  | action (2,)
 train $BC --config.env=gymnax/CartPole-v1 --config.dataset=$SCRATCH/good.npz | action (1,)
 train $BC --config.env=gymnax/CartPole-v1 --config.dataset=$SCRATCH/three.npz | one of the 2
@@ -361,8 +366,8 @@ def rows():
                 typed = f"{key}={value}"
                 yield "train", [config, f"--config.{typed}"], CULPRITS.get(typed, key.rpartition(".")[2])
     names = dict(PPO=PPO, PETS=PETS, EKF=EKF, SAC=SAC, CROSSQ=CROSSQ, PQN=PQN, MUZERO=MUZERO, CHANCE=CHANCE, ZERO=ZERO,
-                 LOLA=LOLA, SHEPHERD=SHEPHERD, MEMORY=MEMORY, IQL=IQL, BC=BC, POLE=POLE, TRACKING=TRACKING,
-                 OFFLINE=OFFLINE)
+                 LOLA=LOLA, SHEPHERD=SHEPHERD, MEMORY=MEMORY, IQL=IQL, BC=BC, REBRAC=REBRAC, FQL=FQL, POLE=POLE,
+                 TRACKING=TRACKING, OFFLINE=OFFLINE)
     for line in TYPED.strip().splitlines():
         words, culprit = line.split(" | ")
         for name, value in names.items():
