@@ -290,8 +290,9 @@ def play(run, key, source, num_steps):
     # Without the buffer: this loop would copy it.
     buffer, run = run.buffer, run._replace(buffer=())
     run, (rows, episode) = jax.lax.scan(env_step, run, jax.random.split(key, (num_steps, 3)))
-    newest = jnp.maximum(buffer.data["priority"].max(), 1e-3)  # what is new is drawn soon
-    buffer = buffer.add(rows | dict(priority=jnp.full(rows["value"].shape, newest)))
+    highest = buffer.data["priority"].max()  # what is new is drawn soon; the first steps of all have 1
+    highest = jnp.where(highest > 0, highest, 1.0)
+    buffer = buffer.add(rows | dict(priority=jnp.full(rows["value"].shape, highest)))
     return (run._replace(buffer=buffer, clock=run.clock.tick(env_steps=rows["value"].size)),
             jax.tree.map(jnp.sum, episode))
 

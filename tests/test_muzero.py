@@ -123,7 +123,10 @@ PLANTED_ERRORS = {  # and the test that has to notice
     "value of the next episode": (MUZERO, "run.agent.value(step.next_obs)", "run.agent.value(step.obs)", STORED),
     "the network's value for the search's": (MUZERO, "policy=policy, value=value)\n        return",
                                              "policy=policy, value=run.agent.value(run.obs))\n        return", STORED),
-    "what is new has no priority": (MUZERO, 'jnp.maximum(buffer.data["priority"].max(), 1e-3)', "1e-3", STORED),
+    "what is new has the lowest priority": (MUZERO, 'highest = buffer.data["priority"].max()',
+                                            'highest = buffer.data["priority"].min()', STORED),
+    "the first steps are never drawn": (MUZERO, "jnp.where(highest > 0, highest, 1.0)", "jnp.maximum(highest, 1e-3)",
+                                        STORED),
     "the noise stays": (MUZERO, "search(run.obs, search_key, 1.0, temperature(run))",
                         "search(run.obs, search_key, 1.0, 1.0)", "test_noise_falls_in_three_steps"),
     "other observations searched again": (MUZERO, 'data["obs"][index]', 'jnp.roll(data["obs"][index], 1, axis=0)',
@@ -592,6 +595,7 @@ def test_what_is_stored_is_what_was_played():
     """`num_steps` rows more. Of each: obs and action lead to the next obs, ν and π are those of a search of this obs,
     the value at the end that of the true successor, the priority the highest there was."""
     run, env, config = start(Walk())
+    np.testing.assert_array_equal(run.buffer.data["priority"][:10], 1.0)  # of the first steps of all
     run = shake(run)
     priority = run.buffer.data["priority"].at[1, 2].set(3.0)
     run = run._replace(buffer=run.buffer.replace(data=run.buffer.data | dict(priority=priority)))
