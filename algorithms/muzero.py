@@ -4,7 +4,7 @@
     s⁰ = h(o_t),   p^k, v^k = f(s^k),   s^{k+1}, r^k, e^k = g(s^k, a_{t+k})                        Model
          o an observation, s a latent state; p, v, r, e what is predicted of policy, value, reward, termination
     π, ν = a tree search from s⁰, whose transitions are g: discount γ (1 − e)                      search
-         ν = Σ_a π(a) q(a) over the actions a that were tried, q their values in the tree
+         ν = Σ_a π(a) q(a) / Σ_a π(a) over the actions a that were tried, q their values in the tree
     z_t  = Σ_{j<n} γ^j r_{t+j} + γ^n ν_{t+n}                                                       targets
          no reward and no ν after a termination; at a time limit it ends, with γ^j v(o') of the true successor o'
     L    = E w Σ_{k≤K} c_k [CE(π_{t+k}, p^k) + CE(φ(z_{t+k}), v^k) + CE(φ(r_{t+k}), r^k)           Agent.loss
@@ -17,7 +17,7 @@
     train_step   num_steps times, in every environment: search, take its action or, with probability epsilon, a random
                  one; store o, a, r, how it ended, π, ν
                  search again from reanalyse · num_envs · num_steps stored o; the new π, ν replace the old ones
-                 num_updates times: draw batch_size starts t, one step of Adam on L, store their new |v⁰ − z_t|^α
+                 num_updates times: draw batch_size starts t, one step of AdamW on L, store their new |v⁰ − z_t|^α
 
 Ends: behind a termination there is an absorbing state: value and reward 0, e = 1, no policy is learnt, and the actions
 are those that the buffer has next. Behind a time limit nothing is known and nothing learnt. The next episode starts by
@@ -25,15 +25,15 @@ itself.
 Random: first weights (agent_key), start states (reset_key, env_key), the search (search_key: Gumbel or Dirichlet
 noise), random actions (explore_key), what is searched again (index_key), minibatches (update_key).
 Departures: ν is the value of π; the paper's is the mean over all simulations, also those of actions that are tried and
-found bad. mctx divides q by the range at each node, so there a small difference counts as much as a large one. epsilon
-is ours, and e (in the paper only rewards and values tell of an end). The value at a time limit is the network's when it
-was stored. One perceptron gives p and v, another s, r and e; the learning rate falls to 0.
+found bad. mctx's own Gumbel search divides q by the range at one node, so a small difference counts as much as a large
+one; PUCT keeps that rule here. epsilon is ours, and e (in the paper only rewards and values tell of an end). Priorities
+have v⁰, the paper's ν. The value at a time limit is the network's when it was stored. One perceptron gives p and v,
+another s, r and e; the learning rate falls to 0.
 Kept: `Run`: model and optimiser, buffer (a row holds one step of all environments), environments and observations,
-clock. A checkpoint holds `Run`, the
-number of the iteration and the sums since the last row of the log. No key is kept: the launcher makes one from the seed
-and that number.
-Decides: num_simulations; num_updates for num_envs · num_steps steps; n_step, discount; value_bound, within which
-every transformed return has to lie.
+clock. A checkpoint holds `Run`, the number of the iteration and the sums since the last row of the log. No key is kept:
+the launcher makes one from the seed and that number.
+Decides: num_simulations; num_updates for num_envs · num_steps steps; epsilon; n_step, discount; value_bound, within
+which every transformed return has to lie.
 Cost: a search takes num_simulations passes of g and f and walks through the tree; an update takes 3 (K + 1).
 Expect: configs/muzero_cartpole.py: 500 after 100k steps, nine of 10 seeds (one has 356), 29 s a seed on 2 CPU cores.
 """
@@ -157,7 +157,8 @@ class Agent(struct.PyTreeNode):
         return obs[:, -num_actions:] if self.masked else jnp.ones((len(obs), num_actions))
 
     def search(self, obs, key, noise, temperature):
-        """Actions (B,), π (B, A), ν (B,) and the tree. Without `noise` the same state gives the same action."""
+        """Actions (B,), π (B, A), ν (B,) and the tree. Without `noise` it is the best action of the
+        search; where PUCT has visited two equally often, chance decides."""
         latent = self.model(obs, method="represent")
         policy, value = self.predict(latent)
         root = mctx.RootFnOutput(prior_logits=policy, value=value, embedding=latent)
@@ -278,13 +279,14 @@ def explore(agent, obs, action, num_actions, key):
 
 
 def temperature(run):
-    """Of the noise when actions are chosen: 1 in the first half of the budget, ½ in the third quarter, then ¼."""
+    """How random the choice of an action is: 1 in the first half of the budget, ½ in the third quarter, then ¼.
+    Gumbel's noise is multiplied by it; with PUCT actions are drawn in proportion to visits to the power of 1 / it."""
     progress = run.clock.env_steps / run.agent.config.env_steps
     return jnp.where(progress < 0.5, 1.0, jnp.where(progress < 0.75, 0.5, 0.25))
 
 
 def reanalyse(run, key, config):
-    """Searches from stored observations with the weights of today."""
+    """Searches stored observations again with the current weights and replaces their π and ν."""
     number = round(config.reanalyse * config.num_envs * config.num_steps)
     if not number:
         return run

@@ -16,17 +16,19 @@ openreview.net/forum?id=X6D9bAHhBQ1). Child of muzero.py; the diff is the method
     train_step   num_steps times, in every environment: search, take its action or, with probability epsilon, a random
                  one; store o, a, r, the next o, how it ended, π, ν
                  search again from reanalyse · num_envs · num_steps stored o; the new π, ν replace the old ones
-                 num_updates times: draw batch_size starts t, one step of Adam on L, store their new |v⁰ − z_t|^α
+                 num_updates times: draw batch_size starts t, one step of AdamW on L, store their new |v⁰ − z_t|^α
 
-Ends: behind a termination there is an absorbing state: value and reward 0, e = 1, no policy and no c is learnt. Behind
-a time limit nothing is known and nothing learnt. The next episode starts by itself.
-Random: first weights (agent_key), start states (reset_key, env_key), the search (search_key: Dirichlet noise), random
-actions (explore_key), what is searched again (index_key), minibatches (update_key).
-Departures: l sees two observations, the paper's all until then. The rest is as in muzero.py.
+Ends: behind a termination there is an absorbing state: value and reward 0, e = 1. No policy and no σ is learnt there;
+actions and c are those that the buffer has next. Behind a time limit nothing is learnt. The next episode starts by
+itself.
+Random: first weights (agent_key), start states (reset_key, env_key), the search (search_key: Dirichlet noise, and the
+action by its visits), random actions (explore_key), what is searched again (index_key), minibatches (update_key).
+Departures: l sees two observations, the paper's all until then. mctx divides q by the range at each node, the paper by
+that in the tree. From muzero.py: epsilon, e, priorities by v⁰, the stored value at a time limit, shared perceptrons, a
+learning rate that falls to 0.
 Kept: `Run`: model and optimiser, buffer (a row holds one step of all environments), environments and observations,
-clock. A checkpoint holds `Run`, the
-number of the iteration and the sums since the last row of the log. No key is kept: the launcher makes one from the seed
-and that number.
+clock. A checkpoint holds `Run`, the number of the iteration and the sums since the last row of the log. No key is kept:
+the launcher makes one from the seed and that number.
 Decides: num_simulations, of which about half go to outcomes of chance; num_codes; num_updates for num_envs · num_steps
 steps.
 Cost: a search takes num_simulations passes of all networks but h and l; an update takes 3 (K + 1).
@@ -176,7 +178,8 @@ class Agent(struct.PyTreeNode):
         return obs[:, -num_actions:] if self.masked else jnp.ones((len(obs), num_actions))
 
     def search(self, obs, key, noise, temperature):
-        """Actions (B,), π (B, A), ν (B,) and the tree. Without `noise` the same state gives the same action."""
+        """Actions (B,), π (B, A), ν (B,) and the tree. Without `noise` it is the best action of the
+        search; where PUCT has visited two equally often, chance decides."""
         latent = self.model(obs, method="represent")
         policy, value = self.predict(latent)
         root = mctx.RootFnOutput(prior_logits=policy, value=value, embedding=latent)
@@ -305,13 +308,14 @@ def explore(agent, obs, action, num_actions, key):
 
 
 def temperature(run):
-    """Of the noise when actions are chosen: 1 in the first half of the budget, ½ in the third quarter, then ¼."""
+    """How random the choice of an action is: 1 in the first half of the budget, ½ in the third quarter, then ¼.
+    Gumbel's noise is multiplied by it; with PUCT actions are drawn in proportion to visits to the power of 1 / it."""
     progress = run.clock.env_steps / run.agent.config.env_steps
     return jnp.where(progress < 0.5, 1.0, jnp.where(progress < 0.75, 0.5, 0.25))
 
 
 def reanalyse(run, key, config):
-    """Searches from stored observations with the weights of today."""
+    """Searches stored observations again with the current weights and replaces their π and ν."""
     number = round(config.reanalyse * config.num_envs * config.num_steps)
     if not number:
         return run
