@@ -59,7 +59,7 @@ NUMBERS = {  # of every config, and what it may not be
               max_weight=(0, "inf"), return_range=(0, -1), log_std_bounds=("(2,-5)",), hidden_dims=("(0,)",)),
     BC: dict(updates=(0,), updates_per_step=(0,), batch_size=(-1,), lr=(0, "nan"), log_std_bounds=("(1,)",)),
     REBRAC: dict(batch_size=(0,), lr=(0,), discount=(1.01,), tau=(-0.1,), actor_penalty=(-1, "nan"),
-                 critic_penalty=(-1,), smoothing_std=(-0.1,), smoothing_clip=(-0.5,), policy_delay=(0, 3)),
+                 critic_penalty=(-1,), smoothing_std=(-0.1,), smoothing_clip=(-0.5,), policy_delay=(0,)),
     FQL: dict(batch_size=(0,), lr=(-1,), discount=(1.01,), tau=(1.1,), flow_steps=(0, -1, 2.5), distill_weight=(-1,)),
     CROSSQ: dict(policy_delay=(0,), adam_b1=(1.2,), norm_momentum=(-0.1,), renorm_after=(-1,), r_max=(0,), d_max=(0,),
                  critic_dims=("(2.5,)",)),
