@@ -32,8 +32,8 @@ the launcher makes one from the seed and that number.
 Decides: num_simulations, of which about half go to outcomes of chance; num_codes; num_updates for num_envs · num_steps
 steps.
 Cost: a search takes num_simulations passes of all networks but h and l; an update takes 3 (K + 1).
-Expect: configs/stochastic_muzero_2048.py: 66.8 of 66.96 after 30k steps (8 seeds), 93 s a seed on 2 CPU cores;
-muzero.py has 58.8.
+Expect: configs/stochastic_muzero_2048.py: 66.7 of 66.96 after 30k steps (8 seeds), 25 s a seed on 2 CPU cores;
+muzero.py has 56.1.
 """
 import pathlib
 from typing import Any, NamedTuple
