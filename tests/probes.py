@@ -1,10 +1,12 @@
-"""Environments whose optimum is known, for the tests of every algorithm."""
+"""Environments whose optimum is known, and other things that the tests of several algorithms need."""
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import core.envs
+from core.dataset import Dataset
 from core.envs import Batch, Box, Discrete, TimeStep
 
 NO = jnp.array(False)
@@ -70,6 +72,23 @@ class Clock(NamedTuple):
         return t + 1, time_step(jnp.full(1, t + 1, jnp.float32), 1.0, truncated=t + 1 == 3)
 
 
+class Walk(NamedTuple):
+    """A random walk. Observation 0 counts the steps; an episode ends where the walk leaves (−2, 2), or after four
+    steps by the time limit. The reward is the place."""
+
+    max_steps: int = 4
+    action_space: Discrete = Discrete(3)
+
+    def reset(self, key):
+        x = jax.random.uniform(key, (), minval=-0.5, maxval=0.5)
+        return (x, jnp.int32(0)), jnp.stack([0.0, x])
+
+    def step(self, key, state, action):
+        x, t = state[0] + jax.random.normal(key) + action - 1, state[1] + 1
+        obs, left = jnp.stack([jnp.float32(t), x]), jnp.abs(x) > 2
+        return (x, t), TimeStep(obs, obs, x, left, (t >= self.max_steps) & ~left, {})
+
+
 class Dilemma(NamedTuple):
     """One step, two opponents: the prisoner's dilemma. Action 1, to defect, dominates, and both then get −2."""
 
@@ -96,3 +115,22 @@ def make_env(name, num_envs, **kwargs):
     if name.startswith("probe/"):
         return Batch(globals()[name.removeprefix("probe/")](**kwargs), num_envs)
     return core.envs.make_env(name, num_envs, **kwargs)
+
+
+def shaken(params, seed=0):
+    """All weights and biases differ."""
+    noise = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: x + 0.3 * noise.normal(size=x.shape).astype(np.float32), params)
+
+
+DATA_ACTIONS = Box((-1.0, -3.0), (3.0, 5.0))
+
+
+def a_dataset(n=8, seed=0, **changes):
+    """Episodes of 3, 3 and 2 steps: one ends, one is cut by a time limit, one where the data stop."""
+    rng = np.random.default_rng(seed)
+    data = dict(obs=rng.normal(size=(n, 2)), next_obs=rng.normal(size=(n, 2)), reward=rng.normal(size=n),
+                action=rng.uniform((-1, -3), (3, 5), (n, 2)))
+    data = {name: np.float32(x) for name, x in data.items()}
+    ends = dict(terminated=np.arange(n) == 2, truncated=np.arange(n) == 5)
+    return Dataset.create(data | ends | changes, DATA_ACTIONS)

@@ -87,14 +87,9 @@ def start(**changes):
     return jax.jit(functools.partial(alphazero.init, source=env, config=config))(jax.random.key(0)), env, config
 
 
-def shaken(params, seed=0):
-    noise = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: x + 0.3 * noise.normal(size=x.shape).astype(np.float32), params)
-
-
 def test_loss_is_the_equation():
     run, *_ = start()
-    params, rng = shaken(run.agent.network.params), np.random.default_rng(1)
+    params, rng = probes.shaken(run.agent.network.params), np.random.default_rng(1)
     policy = rng.uniform(size=(6, 9))
     batch = dict(board=rng.integers(2, size=(6, 27)).astype(np.float32), target=rng.integers(-1, 2, size=6) * 1.0,
                  policy=policy / policy.sum(1, keepdims=True))

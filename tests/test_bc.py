@@ -11,6 +11,7 @@ import pytest
 from algorithms import bc
 from core.dataset import Dataset
 from core.envs import Box, Discrete
+from tests import probes
 
 BC = "algorithms/bc.py"
 LOSS, STEP, BATCHES, NETWORKS, GREEDY, MEAN, SHARES = (
@@ -68,11 +69,7 @@ def a_dataset(space=SPACE, n=8, **changes):
 
 
 def shaken(agent):
-    """All weights and biases differ."""
-    leaves, treedef = jax.tree.flatten(agent.actor.params)
-    rng = np.random.default_rng(3)
-    return agent.replace(actor=agent.actor.replace(params=treedef.unflatten([
-        x + 0.3 * rng.normal(size=x.shape).astype(np.float32) for x in leaves])))
+    return agent.replace(actor=agent.actor.replace(params=probes.shaken(agent.actor.params, 3)))
 
 
 def mlp(params, x):

@@ -12,6 +12,7 @@ from algorithms import fql
 from core.dataset import Dataset
 from core.envs import Box, Discrete
 from core.errors import UserError
+from tests import probes
 
 FQL = "algorithms/fql.py"
 LOSSES, EULER, ORDER, SUCCESSOR, NETWORKS, BATCHES, COUNTS, GREEDY, BANDIT, CHAIN, REFUSED, TRAFFIC, LOG = (
@@ -95,7 +96,6 @@ PLANTED_ERRORS = {  # and the test that has to notice
         "noise = jnp.zeros((len(flat(obs)), 1)) + jax.random.normal(key, (1, *self.action_space.shape))", GREEDY),
     "any action space": (FQL, "actions=(Box,), bounded=True", "actions=(Box,)", REFUSED),
 }
-SPACE = Box((-1.0, -3.0), (3.0, 5.0))
 SMALL = dict(updates=100, updates_per_step=3, batch_size=4, hidden_dims=(9, 8), discount=0.9, tau=0.3, lr=2e-3,
              flow_steps=3, distill_weight=0.7)
 
@@ -106,16 +106,6 @@ def config_of(**changes):
     return ml_collections.FrozenConfigDict(config)
 
 
-def a_dataset(n=8, seed=0, **changes):
-    """Episodes of 3, 3 and 2 steps: one ends, one is cut by a time limit, one where the data stop."""
-    rng = np.random.default_rng(seed)
-    data = dict(obs=rng.normal(size=(n, 2)), next_obs=rng.normal(size=(n, 2)), reward=rng.normal(size=n),
-                action=rng.uniform((-1, -3), (3, 5), (n, 2)))
-    data = {name: np.float32(x) for name, x in data.items()}
-    ends = dict(terminated=np.arange(n) == 2, truncated=np.arange(n) == 5)
-    return Dataset.create(data | ends | changes, SPACE)
-
-
 @functools.cache
 def programs(**changes):
     config = config_of(**changes)
@@ -124,20 +114,17 @@ def programs(**changes):
 
 def an_agent():
     """All weights and biases differ, those of the target critic, too."""
-    agent = programs()[0](jax.random.key(0), a_dataset()).agent
+    agent = programs()[0](jax.random.key(0), probes.a_dataset()).agent
 
     def shake(state, seed):
-        leaves, treedef = jax.tree.flatten(state.params)
-        rng = np.random.default_rng(seed)
-        return state.replace(params=jax.tree.unflatten(treedef, [
-            x + 0.3 * rng.normal(size=x.shape).astype(np.float32) for x in leaves]))
+        return state.replace(params=probes.shaken(state.params, seed))
 
     return agent.replace(**{name: shake(getattr(agent, name), i) for i, name in enumerate((
         "flow", "actor", "critic", "target_critic"))})
 
 
 def a_batch():
-    data = a_dataset().data
+    data = probes.a_dataset().data
     return {**data, "action": jnp.tanh(data["action"])}
 
 
@@ -331,7 +318,7 @@ def test_a_target_depends_on_the_successor_only_where_the_episode_goes_on():
 
 
 def test_networks_start_as_the_config_says():
-    data = a_dataset()
+    data = probes.a_dataset()
     agent = programs()[0](jax.random.key(0), data).agent
     assert_close(agent.target_critic.params, agent.critic.params, rtol=0)
     assert agent.target_critic.opt_state is None
@@ -351,7 +338,7 @@ def train(data, iterations, **changes):
 
 
 def test_a_step_learns_from_all_of_the_data_in_units_of_the_networks(monkeypatch):
-    seen, data, config = [], a_dataset(), config_of()
+    seen, data, config = [], probes.a_dataset(), config_of()
 
     def update(agent, batch, key):
         jax.debug.callback(lambda **batch: seen.append(batch), **batch)
@@ -374,14 +361,14 @@ def test_a_step_learns_from_all_of_the_data_in_units_of_the_networks(monkeypatch
 
 
 def test_a_step_counts_and_logs_its_updates():
-    run, info = train(a_dataset(), 2)
+    run, info = train(probes.a_dataset(), 2)
     assert run.clock == (0, 6)
     assert all(getattr(run.agent, name).opt_state[0].count == 6 for name in ("flow", "actor", "critic"))
     assert all(x.shape == () and np.isfinite(x) for x in info.values())
 
 
 def test_acting_draws_from_the_policy_in_the_environments_units():
-    run = programs()[0](jax.random.key(0), a_dataset())._replace(agent=an_agent())
+    run = programs()[0](jax.random.key(0), probes.a_dataset())._replace(agent=an_agent())
     obs = np.random.default_rng(2).normal(size=(6, 2))
     carry, action = fql.act(run, (), jnp.float32(obs), jax.random.key(4))
     mean = mlp(float64(run.agent.actor.params)["MLP_0"], obs, noise_of(jax.random.key(4), (6, 2)))
@@ -391,7 +378,7 @@ def test_acting_draws_from_the_policy_in_the_environments_units():
 
 
 def test_seeds_together_are_the_seeds_alone():
-    (init, step), data, keys = programs(), a_dataset(), jax.random.split(jax.random.key(0), 4)
+    (init, step), data, keys = programs(), probes.a_dataset(), jax.random.split(jax.random.key(0), 4)
     runs = [init(key, data) for key in keys[:2]]
     with jax.debug_key_reuse(False):  # it misfires on a scan over keys under vmap
         together = jax.vmap(step, (0, 0, None))(jax.tree.map(lambda *x: jnp.stack(x), *runs), keys[2:], data)
@@ -437,4 +424,4 @@ def test_values_of_a_chain():
     (Discrete(2), "discrete actions"), (Box((-1.0, -1.0), (1.0, np.inf)), "actions without bounds")])
 def test_what_fql_cannot_learn_from(space, words):
     with pytest.raises(UserError, match=f'fql cannot act in "gymnax/Pendulum-v1", which has {words}'):
-        fql.init(jax.random.key(0), a_dataset().replace(action_space=space), config_of())
+        fql.init(jax.random.key(0), probes.a_dataset().replace(action_space=space), config_of())

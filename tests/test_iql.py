@@ -12,6 +12,7 @@ from algorithms import iql
 from core.dataset import Dataset
 from core.envs import Box, Discrete
 from core.errors import UserError
+from tests import probes
 
 IQL = "algorithms/iql.py"
 LOSSES, ORDER, SUCCESSOR, NETWORKS, BATCHES, SCALE, GREEDY, RATE, BANDIT, CHAIN, REFUSED = (
@@ -89,7 +90,6 @@ PLANTED_ERRORS = {  # and the test that has to notice
     "any action space": (IQL, "actions=(Box,), bounded=True", "actions=(Box,)", REFUSED),
     "discrete actions": (IQL, "actions=(Box,), bounded=True", "bounded=True", REFUSED),
 }
-SPACE = Box((-1.0, -3.0), (3.0, 5.0))
 SMALL = dict(updates=100, updates_per_step=3, batch_size=4, hidden_dims=(5, 4), discount=0.9, tau=0.3, lr=2e-3,
              expectile=0.8, inverse_temperature=2.0, max_weight=1.5, return_range=10.0)
 
@@ -100,16 +100,6 @@ def config_of(**changes):
     return ml_collections.FrozenConfigDict(config)
 
 
-def a_dataset(n=8, seed=0, **changes):
-    """Episodes of 3, 3 and 2 steps: one ends, one is cut by a time limit, one where the data stop."""
-    rng = np.random.default_rng(seed)
-    data = dict(obs=rng.normal(size=(n, 2)), next_obs=rng.normal(size=(n, 2)), reward=rng.normal(size=n),
-                action=rng.uniform((-1, -3), (3, 5), (n, 2)))
-    data = {name: np.float32(x) for name, x in data.items()}
-    ends = dict(terminated=np.arange(n) == 2, truncated=np.arange(n) == 5)
-    return Dataset.create(data | ends | changes, SPACE)
-
-
 @functools.cache
 def programs(**changes):
     config = config_of(**changes)
@@ -118,20 +108,17 @@ def programs(**changes):
 
 def an_agent():
     """All weights and biases differ, those of the target critic, too."""
-    agent = programs()[0](jax.random.key(0), a_dataset()).agent
+    agent = programs()[0](jax.random.key(0), probes.a_dataset()).agent
 
     def shake(state, seed):
-        leaves, treedef = jax.tree.flatten(state.params)
-        rng = np.random.default_rng(seed)
-        return state.replace(params=jax.tree.unflatten(treedef, [
-            x + 0.3 * rng.normal(size=x.shape).astype(np.float32) for x in leaves]))
+        return state.replace(params=probes.shaken(state.params, seed))
 
     return agent.replace(actor=shake(agent.actor, 1), value=shake(agent.value, 4), critic=shake(agent.critic, 7),
                          target_critic=shake(agent.target_critic, 20))
 
 
 def a_batch():
-    data = a_dataset().data
+    data = probes.a_dataset().data
     return {**data, "action": jnp.tanh(data["action"])}
 
 
@@ -245,7 +232,7 @@ def test_a_target_depends_on_the_successor_only_where_the_episode_goes_on():
 
 
 def test_networks_start_as_the_config_says():
-    data = a_dataset()
+    data = probes.a_dataset()
     agent = programs(log_std_bounds=(-1.5, 0.5))[0](jax.random.key(0), data).agent
     assert_close(agent.target_critic.params, agent.critic.params, rtol=0)
     assert agent.target_critic.opt_state is None
@@ -263,8 +250,8 @@ def test_returns_span_what_the_config_says():
     """Of three episodes: to a termination, to a time limit, to where the data stop."""
     reward = np.float32([1, 2, 3, -4, 5, -6, 0.5, 0.5])
     init, _ = programs()
-    assert init(jax.random.key(0), a_dataset(reward=reward)).reward_scale == pytest.approx(10.0 / (6 + 5), rel=1e-5)
-    assert init(jax.random.key(0), a_dataset(reward=reward - 9)).reward_scale == pytest.approx(10.0 / 15, rel=1e-5)
+    for data, span in ((probes.a_dataset(reward=reward), 6 + 5), (probes.a_dataset(reward=reward - 9), 15)):
+        assert init(jax.random.key(0), data).reward_scale == pytest.approx(10.0 / span, rel=1e-5)
 
 
 def train(data, iterations, **changes):
@@ -276,7 +263,7 @@ def train(data, iterations, **changes):
 
 
 def test_a_step_learns_from_all_of_the_data_in_units_of_the_networks(monkeypatch):
-    seen, data, config = [], a_dataset(), config_of()
+    seen, data, config = [], probes.a_dataset(), config_of()
     run = programs()[0](jax.random.key(0), data)._replace(reward_scale=3.0)
 
     def update(agent, batch):
@@ -300,14 +287,14 @@ def test_a_step_learns_from_all_of_the_data_in_units_of_the_networks(monkeypatch
 
 
 def test_a_step_counts_and_logs_its_updates():
-    run, info = train(a_dataset(), 2)
+    run, info = train(probes.a_dataset(), 2)
     assert run.clock == (0, 6)
     assert run.agent.value.opt_state[0].count == run.agent.critic.opt_state[0].count == 6
     assert all(x.shape == () and np.isfinite(x) for x in info.values())
 
 
 def test_the_actors_learning_rate_falls_to_zero():
-    data = a_dataset()
+    data = probes.a_dataset()
     runs = [train(data, iterations)[0].agent for iterations in (33, 34, 35)]  # of three updates each; 100 are due
 
     def moved(name, old, new):
@@ -319,7 +306,7 @@ def test_the_actors_learning_rate_falls_to_zero():
 
 
 def test_acting_is_greedy_and_in_the_environments_units():
-    run, _ = train(a_dataset(), 2)
+    run, _ = train(probes.a_dataset(), 2)
     obs = jax.random.normal(jax.random.key(2), (4, 2))
     carry, action = iql.act(run, (), obs, jax.random.key(0))
     mean = jnp.tanh(mlp(run.agent.actor.params["MLP_0"], obs))
@@ -328,7 +315,7 @@ def test_acting_is_greedy_and_in_the_environments_units():
 
 
 def test_seeds_together_are_the_seeds_alone():
-    (init, step), data, keys = programs(), a_dataset(), jax.random.split(jax.random.key(0), 4)
+    (init, step), data, keys = programs(), probes.a_dataset(), jax.random.split(jax.random.key(0), 4)
     runs = [init(key, data) for key in keys[:2]]
     with jax.debug_key_reuse(False):  # it misfires on a scan over keys under vmap
         together = jax.vmap(step, (0, 0, None))(jax.tree.map(lambda *x: jnp.stack(x), *runs), keys[2:], data)
@@ -375,4 +362,4 @@ def test_values_of_a_chain(forever, values):
     (Discrete(2), "discrete actions"), (Box((-1.0, -1.0), (1.0, np.inf)), "actions without bounds")])
 def test_what_iql_cannot_learn_from(space, words):
     with pytest.raises(UserError, match=f'iql cannot act in "gymnax/Pendulum-v1", which has {words}'):
-        iql.init(jax.random.key(0), a_dataset().replace(action_space=space), config_of())
+        iql.init(jax.random.key(0), probes.a_dataset().replace(action_space=space), config_of())

@@ -24,7 +24,7 @@ PLANTED_ERRORS = {  # and the test that has to notice
     "the slope of the value per round": (FILE, "self.learning_rate * slope",
                                          "self.learning_rate * (1 - self.discount) * slope", STEP),
     "the co-player plays first": (FILE, "jnp.stack([action, own])", "jnp.stack([own, action])", STEP),
-    "the co-player's view is the agent's": ("core/envs/infinite_matrix_game.py", "[0, 1, 3, 2, 4]", "[0, 1, 2, 3, 4]",
+    "the co-player's view is the agent's": ("core/envs/infinite_matrix_game.py", "logits[1, OTHER_VIEW]", "logits[1]",
                                             STEP),
     "rewards exchanged": (FILE, "reward, coplayer_reward =", "coplayer_reward, reward =", STEP),
     "the value of the whole game": (FILE, "= (1 - self.discount) * values", "= values", STEP),

@@ -21,12 +21,11 @@ ROUNDS, PLAYED, STEP = ("test_rounds_by_hand", "test_played_games_earn_what_the_
                         "test_a_step_is_the_whole_game")
 RULES = "test_co_players_answer_by_their_rules"
 PLANTED_ERRORS = {  # and the test that has to notice
-    "the second player sees with the first one's eyes": (INFINITE, "np.array([0, 1, 3, 2, 4])",
-                                                         "np.array([0, 1, 2, 3, 4])", SERIES),
+    "the second player sees with the first one's eyes": (INFINITE, "logits[1, OTHER_VIEW]", "logits[1]", SERIES),
     "the first player sees with the second one's eyes": (
-        INFINITE, "jnp.stack([logits[0], logits[1, np.array([0, 1, 3, 2, 4])]])",
-        "jnp.stack([logits[0, np.array([0, 1, 3, 2, 4])], logits[1]])", SERIES),
-    "both players have the first one's policy": (INFINITE, "logits[1, np", "logits[0, np", SERIES),
+        INFINITE, "jnp.stack([logits[0], logits[1, OTHER_VIEW]])", "jnp.stack([logits[0, OTHER_VIEW], logits[1]])",
+        SERIES),
+    "both players have the first one's policy": (INFINITE, "logits[1, OTHER", "logits[0, OTHER", SERIES),
     "the first round is that after DD": (INFINITE, "chance[:, 1:], chance[:, 0])", "chance[:, :4], chance[:, 4])",
                                          SERIES),
     "transitions transposed": (INFINITE, "self.discount * chance[:, 1:]", "self.discount * chance[:, 1:].T", SERIES),
@@ -55,8 +54,7 @@ PLANTED_ERRORS = {  # and the test that has to notice
                                               "jnp.bool_(False), jnp.bool_(True)", STEP),
     "a discount of 1": (INFINITE, "if not self.discount < 1:", "if not self.discount < 9:",
                         "test_settings_that_cannot_be_are_named"),
-    "both players see the first one's view": (ITERATED, "jnp.array([0, 1, 3, 2, 4])", "jnp.array([0, 1, 2, 3, 4])",
-                                              ROUNDS),
+    "both players see the first one's view": (ITERATED, "jnp.array(OTHER_VIEW)[outcome]", "outcome", ROUNDS),
     "DC and DD exchanged for the second player": (ITERATED, "[0, 1, 3, 2, 4]", "[0, 1, 3, 4, 2]", ROUNDS),
     "actions exchanged": (ITERATED, "1 + 2 * action[0] + action[1]", "1 + 2 * action[1] + action[0]", ROUNDS),
     "the payoff of the next outcome": (ITERATED, "[outcome - 1]", "[outcome % 4]", ROUNDS),

@@ -176,31 +176,9 @@ def start(env, **changes):
     return jax.jit(functools.partial(muzero.init, source=env, config=config))(jax.random.key(0)), env, config
 
 
-class Walk(NamedTuple):
-    """A random walk. Observation 0 counts the steps; an episode ends where the walk leaves (−2, 2), or after four
-    steps by the time limit. The reward is the place."""
-
-    max_steps: int = 4
-    action_space: Any = Discrete(3)
-
-    def reset(self, key):
-        x = jax.random.uniform(key, (), minval=-0.5, maxval=0.5)
-        return (x, jnp.int32(0)), jnp.stack([0.0, x])
-
-    def step(self, key, state, action):
-        x, t = state[0] + jax.random.normal(key) + action - 1, state[1] + 1
-        obs, left = jnp.stack([jnp.float32(t), x]), jnp.abs(x) > 2
-        return (x, t), TimeStep(obs, obs, x, left, (t >= self.max_steps) & ~left, {})
-
-
-def shaken(params, seed=0):
-    noise = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: x + 0.3 * noise.normal(size=x.shape).astype(np.float32), params)
-
-
 def shake(run):
     model = run.agent.model
-    return run._replace(agent=run.agent.replace(model=model.replace(params=shaken(model.params))))
+    return run._replace(agent=run.agent.replace(model=model.replace(params=probes.shaken(model.params))))
 
 
 def mlp(params, x):
@@ -248,7 +226,7 @@ class ByHand:
 def test_the_networks_by_hand(shape):
     obs, action = jax.random.normal(jax.random.key(0), (6, *shape)) > 0, jnp.arange(6) % 3
     model = muzero.Model(3, (5,), 4, 7, channels=3 if len(shape) > 1 else 0)
-    params = shaken(model.init(jax.random.key(1), obs, action)["params"])
+    params = probes.shaken(model.init(jax.random.key(1), obs, action)["params"])
     (policy, value), (latent, reward, end) = jax.jit(model.apply)({"params": params}, obs, action)
     hand = ByHand(params, 3, 4, 7)
     start = hand.represent(obs)
@@ -292,8 +270,8 @@ def cross_entropy(weights, logits):
 
 def test_loss_is_the_equation():
     """And its gradient, by finite differences of a loss whose latent states have a frozen half of their own."""
-    run, *_ = start(Walk())
-    params, batch = shaken(run.agent.model.params), a_batch()
+    run, *_ = start(probes.Walk())
+    params, batch = probes.shaken(run.agent.model.params), a_batch()
     frozen = []
 
     def by_hand(params, halves=None):
@@ -350,7 +328,7 @@ def a_buffer(rows=12, envs=2, seed=0, added=17):
 def test_targets_by_brute_force(seed):
     """Of every window of the ring, also where it passes its end; with terminations and limits inside."""
     history, buffer = a_buffer(seed=seed)
-    _, config = make(Walk(), num_envs=2)
+    _, config = make(probes.Walk(), num_envs=2)
     times = [(t, e) for t in range(5, 17 - 5) for e in range(2)]
     row, env = jnp.array([t % 12 for t, _ in times]), jnp.array([e for _, e in times])
     found = jax.jit(functools.partial(muzero.targets, config=config))(buffer.data, row, env)
@@ -390,7 +368,7 @@ def test_targets_by_brute_force(seed):
 def test_starts_are_drawn_by_priority(added):
     """Every step is a start, the last of an episode too, as long as K + n steps follow it in the buffer."""
     history, buffer = a_buffer(added=added)
-    _, config = make(Walk(), num_envs=2)
+    _, config = make(probes.Walk(), num_envs=2)
     row, env, weight = jax.jit(functools.partial(muzero.draw, shape=(40_000,), config=config))(
         buffer, jax.random.key(0))
     first = max(0, added - 12)
@@ -409,7 +387,7 @@ def test_starts_are_drawn_by_priority(added):
 
 def test_priorities_are_refreshed():
     """Those that were drawn, by their error before the step of Adam; the weights are at most 1, in each minibatch."""
-    run, env, config = start(Walk(), num_updates=4, batch_size=3)
+    run, env, config = start(probes.Walk(), num_updates=4, batch_size=3)
     run = shake(run)
     priority = jax.random.uniform(jax.random.key(5), run.buffer.data["priority"].shape, minval=0.1, maxval=2.0)
     run = run._replace(buffer=run.buffer.replace(data=run.buffer.data | dict(priority=priority)))
@@ -460,7 +438,7 @@ class Table(struct.PyTreeNode):
 
 
 def agent_of(table, **changes):
-    _, config = make(Walk(), value_bound=table.bound, **changes)
+    _, config = make(probes.Walk(), value_bound=table.bound, **changes)
     return muzero.Agent(table, config, False)
 
 
@@ -594,7 +572,7 @@ def test_forbidden_actions_are_never_taken(search):
 def test_what_is_stored_is_what_was_played():
     """`num_steps` rows more. Of each: obs and action lead to the next obs, ν and π are those of a search of this obs,
     the value at the end that of the true successor, the priority the highest there was."""
-    run, env, config = start(Walk())
+    run, env, config = start(probes.Walk())
     np.testing.assert_array_equal(run.buffer.data["priority"][:10], 1.0)  # of the first steps of all
     run = shake(run)
     priority = run.buffer.data["priority"].at[1, 2].set(3.0)
@@ -621,7 +599,7 @@ def test_what_is_stored_is_what_was_played():
 
 
 def test_noise_falls_in_three_steps():
-    run, env, config = start(Walk())
+    run, env, config = start(probes.Walk())
     steps = jnp.array([0, 199, 200, 299, 300, 400])
     noise = jax.vmap(lambda steps: muzero.temperature(run._replace(clock=Clock(steps, jnp.int32(0)))))(steps)
     np.testing.assert_array_equal(noise, [1, 1, 0.5, 0.5, 0.25, 0.25])
@@ -642,7 +620,7 @@ def test_noise_falls_in_three_steps():
 
 def test_old_steps_are_searched_again():
     """Half as many as are played: 8 draws from 40 steps. Nothing else changes."""
-    run, env, config = start(Walk())
+    run, env, config = start(probes.Walk())
     run, key = shake(run), jax.random.key(3)
     index_key, search_key = jax.random.split(jax.random.clone(key))
     after = jax.jit(functools.partial(muzero.reanalyse, config=config))(run, key)
@@ -666,7 +644,7 @@ def test_old_steps_are_searched_again():
 @pytest.mark.parametrize("search", ["gumbel", "puct"])
 def test_evaluation_has_no_noise(search):
     """The same action for every key, that which was tried most; with noise one observation has several."""
-    run, *_ = start(Walk(), search=search, num_simulations=8)
+    run, *_ = start(probes.Walk(), search=search, num_simulations=8)
     run = shake(run)
     obs = jnp.tile(jnp.float32([[1.0, 0.3]]), (64, 1))
     act = jax.jit(lambda run, key: muzero.act(run, (), obs, key))
@@ -677,7 +655,7 @@ def test_evaluation_has_no_noise(search):
 
 
 def test_the_clock_counts_what_was_taken():
-    run, env, config = start(Walk())
+    run, env, config = start(probes.Walk())
     assert run.clock == (40, 0) and run.buffer.size == 10
     after, info = jax.jit(functools.partial(muzero.train_step, source=env, config=config))(run, jax.random.key(1))
     assert after.clock == (56, 3) and info["episode"]["count"] > 0
@@ -689,7 +667,7 @@ def test_the_clock_counts_what_was_taken():
 
 def test_the_optimiser_is_clipped_annealed_adamw():
     """By hand, over the whole budget: 22 iterations of 3 updates. With the last one the learning rate is 0."""
-    run, *_ = start(Walk(), max_grad_norm=0.01, weight_decay=0.1)
+    run, *_ = start(probes.Walk(), max_grad_norm=0.01, weight_decay=0.1)
     model = run.agent.model
     tx = optax.chain(optax.clip_by_global_norm(0.01), optax.adamw(optax.linear_schedule(0.01, 0.0, 66),
                                                                   weight_decay=0.1))
@@ -753,10 +731,10 @@ def test_values_are_learnt(env, obs, values):
 
 
 @pytest.mark.parametrize(("env", "changes", "words"), [
-    (Walk(action_space=Box((-1.0,), (1.0,))), {}, "muzero cannot act in .* which has continuous actions"),
-    (Walk(), dict(random_steps=20), "random_steps and buffer_size have to hold 24 steps at least"),
-    (Walk(), dict(buffer_size=20), "random_steps and buffer_size have to hold 24 steps at least"),
-    (Walk(), dict(channels=4), "channels = 4, but an observation has 1 axes")])
+    (probes.Walk(action_space=Box((-1.0,), (1.0,))), {}, "muzero cannot act in .* which has continuous actions"),
+    (probes.Walk(), dict(random_steps=20), "random_steps and buffer_size have to hold 24 steps at least"),
+    (probes.Walk(), dict(buffer_size=20), "random_steps and buffer_size have to hold 24 steps at least"),
+    (probes.Walk(), dict(channels=4), "channels = 4, but an observation has 1 axes")])
 def test_mistakes_are_named(env, changes, words):
     env, config = make(env, **changes)
     with pytest.raises(UserError, match=words):

@@ -1,6 +1,5 @@
 """PQN against its equations by hand, and on probes whose values are known."""
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import optax
 import pytest
 
 from algorithms import pqn
-from core.envs import Batch, TimeStep
+from core.envs import Batch
 from core.envs.interface import Box
 from core.errors import UserError
 from tests import probes
@@ -94,23 +93,6 @@ def start(env, **changes):
     return jax.jit(functools.partial(pqn.init, source=env, config=config))(jax.random.key(0)), env, config
 
 
-class Walk(NamedTuple):
-    """A random walk. Observation 0 counts the steps; an episode ends where the walk leaves (−2, 2), or after four
-    steps by the time limit. The reward is the place."""
-
-    max_steps: int = 4
-    action_space: probes.Discrete = probes.Discrete(3)
-
-    def reset(self, key):
-        x = jax.random.uniform(key, (), minval=-0.5, maxval=0.5)
-        return (x, jnp.int32(0)), jnp.stack([0.0, x])
-
-    def step(self, key, state, action):
-        x, t = state[0] + jax.random.normal(key) + action - 1, state[1] + 1
-        obs, left = jnp.stack([jnp.float32(t), x]), jnp.abs(x) > 2
-        return (x, t), TimeStep(obs, obs, x, left, (t >= self.max_steps) & ~left, {})
-
-
 def layer_norm(x, params):
     mean, var = x.mean(axis=-1, keepdims=True), x.var(axis=-1, keepdims=True)
     return (x - mean) / np.sqrt(var + 1e-6) * params["scale"] + params["bias"]
@@ -136,16 +118,11 @@ def network(params, x):
     return x.reshape(len(x), -1) @ params[f"Dense_{last}"]["kernel"] + params[f"Dense_{last}"]["bias"]
 
 
-def shaken(params, seed=0):
-    noise = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: x + 0.3 * noise.normal(size=x.shape).astype(np.float32), params)
-
-
 @pytest.mark.parametrize("shape", [(7,), (5, 4, 2)], ids=["vector", "image"])
 def test_the_network_is_normalised(shape):
     obs = jax.random.normal(jax.random.key(0), (6, *shape)) > 0  # flags, as in MinAtar
     net = pqn.QNetwork(3, (5, 4), channels=3 if len(shape) > 1 else 0)
-    params = shaken(net.init(jax.random.key(1), obs)["params"])
+    params = probes.shaken(net.init(jax.random.key(1), obs)["params"])
     np.testing.assert_allclose(net.apply({"params": params}, obs), network(params, obs), rtol=1e-4, atol=1e-5)
 
 
@@ -157,8 +134,8 @@ def a_batch():
 
 def test_loss_is_the_equation():
     """And its gradient, by finite differences in the direction of all parameters at once."""
-    run, *_ = start(Walk())
-    batch, params = a_batch(), shaken(run.agent.q.params)
+    run, *_ = start(probes.Walk())
+    batch, params = a_batch(), probes.shaken(run.agent.q.params)
 
     def by_hand(params):
         q = network(params, batch["obs"])[np.arange(24), batch["action"]]
@@ -175,8 +152,8 @@ def test_loss_is_the_equation():
 
 def test_targets_by_brute_force():
     """What the update is given, against the definition of the λ-return: the weighted sum of all n-step returns."""
-    run, env, config = start(Walk(), num_steps=12, num_minibatches=1, env_steps=480)
-    agent = run.agent.replace(q=run.agent.q.replace(params=shaken(run.agent.q.params)))
+    run, env, config = start(probes.Walk(), num_steps=12, num_minibatches=1, env_steps=480)
+    agent = run.agent.replace(q=run.agent.q.replace(params=probes.shaken(run.agent.q.params)))
     run, key = run._replace(agent=agent), jax.random.key(3)
     given = []
 
@@ -213,7 +190,7 @@ def test_targets_by_brute_force():
 def test_update_is_clipped_annealed_radam_over_every_sample():
     """One minibatch an epoch, so the order does not matter: the same steps by hand, on unflattened parameters."""
     changes = dict(num_epochs=4, num_minibatches=1, env_steps=48, max_grad_norm=0.01, lr=0.1)
-    run, _, config = start(Walk(), **changes)
+    run, _, config = start(probes.Walk(), **changes)
     agent, batch = run.agent, a_batch()
     new, _ = jax.jit(agent.update)(batch, jax.random.key(1))
     tx = optax.chain(optax.clip_by_global_norm(0.01), optax.radam(optax.linear_schedule(0.1, 0.0, 8)))
@@ -225,7 +202,7 @@ def test_update_is_clipped_annealed_radam_over_every_sample():
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), new.q.params, params)
-    more, *_ = start(Walk(), **changes | dict(num_minibatches=2))
+    more, *_ = start(probes.Walk(), **changes | dict(num_minibatches=2))
     for tx, updates in ((agent.q.tx, 8), (more.agent.q.tx, 16)):  # the learning rate ends at 0
         ones = jax.tree.map(jnp.ones_like, params)
         state, step = tx.init(params), jax.jit(tx.update)
@@ -237,7 +214,7 @@ def test_update_is_clipped_annealed_radam_over_every_sample():
 
 
 def test_every_epoch_sees_every_sample_once():
-    run, *_ = start(Walk(), num_epochs=1, num_minibatches=4, max_grad_norm=1e-30)
+    run, *_ = start(probes.Walk(), num_epochs=1, num_minibatches=4, max_grad_norm=1e-30)
     batch = a_batch()
     _, info = jax.jit(run.agent.update)(batch, jax.random.key(1))
     np.testing.assert_allclose(info["loss"], run.agent.loss(run.agent.q.params, batch)[0], rtol=1e-4)
@@ -245,7 +222,7 @@ def test_every_epoch_sees_every_sample_once():
 
 def test_exploration_falls_linearly():
     """From 0.9 to 0.3 over the first half of 240 steps, and not further. A third of the random actions is the best."""
-    run, *_ = start(Walk())
+    run, *_ = start(probes.Walk())
     obs = jnp.zeros((3000, 2))
     best = int(run.agent.q(obs[:1]).argmax())
     explore = jax.jit(lambda steps, key: pqn.explore(
@@ -258,8 +235,8 @@ def test_exploration_falls_linearly():
 
 
 def test_acting_is_greedy():
-    run, *_ = start(Walk())
-    run = run._replace(agent=run.agent.replace(q=run.agent.q.replace(params=shaken(run.agent.q.params))))
+    run, *_ = start(probes.Walk())
+    run = run._replace(agent=run.agent.replace(q=run.agent.q.replace(params=probes.shaken(run.agent.q.params))))
     obs = 3 * jax.random.normal(jax.random.key(0), (20, 2))
     carry, action = pqn.act(run, (), obs, jax.random.key(1))
     expected = network(run.agent.q.params, obs).argmax(axis=1)
@@ -268,7 +245,7 @@ def test_acting_is_greedy():
 
 
 def test_the_clock_counts_what_was_taken():
-    run, env, config = start(Walk())
+    run, env, config = start(probes.Walk())
     after, info = jax.jit(functools.partial(pqn.train_step, source=env, config=config))(run, jax.random.key(1))
     assert after.clock == (24, 6) and np.isfinite(info["loss"]) and np.isfinite(info["q"])
     assert info["episode"]["count"] > 0
@@ -297,9 +274,9 @@ def test_values_are_learnt(env, obs, values):
 
 
 @pytest.mark.parametrize(("env", "changes", "words"), [
-    (Walk(action_space=Box((-1.0,), (1.0,))), {}, "pqn cannot act in .* which has continuous actions"),
-    (Walk(), dict(num_minibatches=5), "num_envs . num_steps = 24 is not divisible by num_minibatches = 5"),
-    (Walk(), dict(channels=4), "channels = 4, but an observation has 1 axes")])
+    (probes.Walk(action_space=Box((-1.0,), (1.0,))), {}, "pqn cannot act in .* which has continuous actions"),
+    (probes.Walk(), dict(num_minibatches=5), "num_envs . num_steps = 24 is not divisible by num_minibatches = 5"),
+    (probes.Walk(), dict(channels=4), "channels = 4, but an observation has 1 axes")])
 def test_mistakes_are_named(env, changes, words):
     env, config = make(env, **changes)
     with pytest.raises(UserError, match=words):

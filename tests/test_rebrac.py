@@ -12,6 +12,7 @@ from algorithms import rebrac
 from core.dataset import Dataset
 from core.envs import Box, Discrete
 from core.errors import UserError
+from tests import probes
 
 REBRAC = "algorithms/rebrac.py"
 LOSSES, ORDER, SUCCESSOR, NEXT, NOISE, NETWORKS, BATCHES, COUNTS, GREEDY, BANDIT, CHAIN, REFUSED, LOG = (
@@ -97,7 +98,6 @@ PLANTED_ERRORS = {  # and the test that has to notice
     "any action space": (REBRAC, "actions=(Box,), bounded=True", "actions=(Box,)", REFUSED),
     "any delay": (REBRAC, "if config.updates_per_step % config.policy_delay:", "if False:", REFUSED),
 }
-SPACE = Box((-1.0, -3.0), (3.0, 5.0))
 SMALL = dict(updates=100, updates_per_step=4, batch_size=4, hidden_dims=(9, 8), discount=0.9, tau=0.3, lr=2e-3,
              actor_penalty=0.7, critic_penalty=0.4, smoothing_std=0.3, smoothing_clip=0.2, policy_delay=2)
 
@@ -108,16 +108,6 @@ def config_of(**changes):
     return ml_collections.FrozenConfigDict(config)
 
 
-def a_dataset(n=8, seed=0, **changes):
-    """Episodes of 3, 3 and 2 steps: one ends, one is cut by a time limit, one where the data stop."""
-    rng = np.random.default_rng(seed)
-    data = dict(obs=rng.normal(size=(n, 2)), next_obs=rng.normal(size=(n, 2)), reward=rng.normal(size=n),
-                action=rng.uniform((-1, -3), (3, 5), (n, 2)))
-    data = {name: np.float32(x) for name, x in data.items()}
-    ends = dict(terminated=np.arange(n) == 2, truncated=np.arange(n) == 5)
-    return Dataset.create(data | ends | changes, SPACE)
-
-
 @functools.cache
 def programs(**changes):
     config = config_of(**changes)
@@ -126,13 +116,10 @@ def programs(**changes):
 
 def an_agent(**changes):
     """All weights and biases differ, those of the targets, too."""
-    agent = programs(**changes)[0](jax.random.key(0), a_dataset()).agent
+    agent = programs(**changes)[0](jax.random.key(0), probes.a_dataset()).agent
 
     def shake(state, seed):
-        leaves, treedef = jax.tree.flatten(state.params)
-        rng = np.random.default_rng(seed)
-        return state.replace(params=jax.tree.unflatten(treedef, [
-            x + 0.3 * rng.normal(size=x.shape).astype(np.float32) for x in leaves]))
+        return state.replace(params=probes.shaken(state.params, seed))
 
     return agent.replace(**{name: shake(getattr(agent, name), i) for i, name in enumerate((
         "actor", "target_actor", "critic", "target_critic"))})
@@ -140,7 +127,7 @@ def an_agent(**changes):
 
 def a_batch(seed=0):
     """All eight rows in their order, then moved."""
-    data, rng = a_dataset(seed=seed).data, np.random.default_rng(30 + seed)
+    data, rng = probes.a_dataset(seed=seed).data, np.random.default_rng(30 + seed)
     action = np.float32(rng.uniform(-1, 1, (9, 2)))
     return {**data, "action": jnp.asarray(action[:-1]), "next_action": jnp.asarray(action[1:]),
             "has_next": jnp.arange(8) % 3 != 1}
@@ -284,7 +271,7 @@ def test_a_target_depends_on_the_successor_only_where_the_episode_goes_on():
 
 def test_the_next_action_is_one_of_the_same_episode():
     """None after a termination, a time limit, and the last step of the data."""
-    data = a_dataset()
+    data = probes.a_dataset()
     batch = jax.jit(rebrac.sample, static_argnums=2)(data, jax.random.key(0), (2, 64))
     assert batch["next_action"].shape == (2, 64, 2) and batch["has_next"].shape == (2, 64)
     row = np.argmin(np.abs(batch["reward"][..., None] - data.data["reward"][None, None]), axis=-1)
@@ -298,7 +285,7 @@ def test_the_next_action_is_one_of_the_same_episode():
 
 def test_smoothing_noise_is_clipped_and_so_is_the_action():
     """Most of the noise here is larger than the clip, on either side."""
-    agent, obs = an_agent(smoothing_std=5.0), a_dataset().data["obs"]
+    agent, obs = an_agent(smoothing_std=5.0), probes.a_dataset().data["obs"]
     moved = agent.target_action(obs, jax.random.key(0)) - agent.target_actor(obs)
     assert np.abs(moved).max() <= 0.2 + 1e-6
     assert (np.isclose(moved, 0.2, atol=1e-6)).sum() > 2 and (np.isclose(moved, -0.2, atol=1e-6)).sum() > 2
@@ -307,7 +294,7 @@ def test_smoothing_noise_is_clipped_and_so_is_the_action():
 
 
 def test_networks_start_as_the_config_says():
-    data = a_dataset()
+    data = probes.a_dataset()
     agent = programs()[0](jax.random.key(0), data).agent
     for name in ("actor", "critic"):
         target = getattr(agent, f"target_{name}")
@@ -327,7 +314,7 @@ def train(data, iterations, **changes):
 
 
 def test_a_step_learns_from_all_of_the_data_in_units_of_the_networks(monkeypatch):
-    seen, data, config = [], a_dataset(), config_of()
+    seen, data, config = [], probes.a_dataset(), config_of()
 
     def update(agent, batches, key):
         jax.debug.callback(lambda **batch: seen.append(batch), **batches)
@@ -346,14 +333,14 @@ def test_a_step_learns_from_all_of_the_data_in_units_of_the_networks(monkeypatch
 
 def test_a_step_counts_and_logs_its_updates():
     """Four updates of the critic in an iteration, two of the actor."""
-    run, info = train(a_dataset(), 2)
+    run, info = train(probes.a_dataset(), 2)
     assert run.clock == (0, 8)
     assert run.agent.critic.opt_state[0].count == 8 and run.agent.actor.opt_state[0].count == 4
     assert all(x.shape == () and np.isfinite(x) for x in info.values())
 
 
 def test_acting_is_greedy_and_in_the_environments_units():
-    run = programs()[0](jax.random.key(0), a_dataset())._replace(agent=an_agent())
+    run = programs()[0](jax.random.key(0), probes.a_dataset())._replace(agent=an_agent())
     obs = np.random.default_rng(2).normal(size=(4, 2))
     carry, action = rebrac.act(run, (), jnp.float32(obs), None)
     expected = [[1, 1]] + np.float64([[2, 4]]) * actions(float64(run.agent.actor.params), obs)
@@ -362,7 +349,7 @@ def test_acting_is_greedy_and_in_the_environments_units():
 
 
 def test_seeds_together_are_the_seeds_alone():
-    (init, step), data, keys = programs(), a_dataset(), jax.random.split(jax.random.key(0), 4)
+    (init, step), data, keys = programs(), probes.a_dataset(), jax.random.split(jax.random.key(0), 4)
     runs = [init(key, data) for key in keys[:2]]
     with jax.debug_key_reuse(False):  # it misfires on a scan over keys under vmap
         together = jax.vmap(step, (0, 0, None))(jax.tree.map(lambda *x: jnp.stack(x), *runs), keys[2:], data)
@@ -406,6 +393,6 @@ def test_values_of_a_chain():
     (Discrete(2), "discrete actions"), (Box((-1.0, -1.0), (1.0, np.inf)), "actions without bounds")])
 def test_what_rebrac_cannot_learn_from(space, words):
     with pytest.raises(UserError, match=f'rebrac cannot act in "gymnax/Pendulum-v1", which has {words}'):
-        rebrac.init(jax.random.key(0), a_dataset().replace(action_space=space), config_of())
+        rebrac.init(jax.random.key(0), probes.a_dataset().replace(action_space=space), config_of())
     with pytest.raises(UserError, match="policy_delay = 3 does not divide updates_per_step = 4"):
-        rebrac.init(jax.random.key(0), a_dataset(), config_of(policy_delay=3))
+        rebrac.init(jax.random.key(0), probes.a_dataset(), config_of(policy_delay=3))

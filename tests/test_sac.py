@@ -133,10 +133,7 @@ def an_agent(config, env, seed=0):
     agent = jax.jit(lambda key: sac.Agent.create(key, obs, env.action_space, config))(jax.random.key(seed))
 
     def shake(state, seed):
-        leaves, treedef = jax.tree.flatten(state.params)
-        noise = np.random.default_rng(seed)
-        return state.replace(params=jax.tree.unflatten(treedef, [
-            x + 0.3 * noise.normal(size=x.shape).astype(np.float32) for x in leaves]))
+        return state.replace(params=probes.shaken(state.params, seed))
 
     return agent.replace(actor=shake(agent.actor, 1), critic=shake(agent.critic, 7),
                          target_critic=shake(agent.target_critic, 17), temperature=shake(agent.temperature, 4))

@@ -14,7 +14,8 @@ from algorithms import muzero, stochastic_muzero
 from core.envs import Batch, Discrete, TimeStep
 from core.returns import to_bins
 from tests import test_muzero
-from tests.test_muzero import Walk, bins, cross_entropy, mlp, shaken, stretched
+from tests.probes import Walk, shaken
+from tests.test_muzero import bins, cross_entropy, mlp, stretched
 
 FILE = "algorithms/stochastic_muzero.py"
 NETWORK, LOSS, TARGETS, SEARCH, STORED, PARENT, LEARNS = (

@@ -18,13 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from core.envs import iterated_matrix_game
 from core.envs.interface import Box, TimeStep
+from core.envs.iterated_matrix_game import OTHER_VIEW
 from core.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Env:
-    payoff: tuple = ((-1.0, -1.0), (-3.0, 0.0), (0.0, -3.0), (-2.0, -2.0))  # of both players, after CC, CD, DC, DD
+    payoff: tuple = iterated_matrix_game.Env.payoff  # of both players, after CC, CD, DC, DD
     discount: float = 0.96  # γ, below 1
 
     num_agents, teams, max_steps, action_space = 2, (0, 1), 1, Box((-np.inf,) * 5, (np.inf,) * 5)
@@ -42,7 +44,7 @@ class Env:
 
     def values(self, logits):
         """The discounted sums [2] of both players' payoffs, as a function of their logits [2, 5]."""
-        logits = jnp.stack([logits[0], logits[1, np.array([0, 1, 3, 2, 4])]])  # CD and DC: in the first player's view
+        logits = jnp.stack([logits[0], logits[1, OTHER_VIEW]])  # CD and DC: in the first player's view
         cooperate, defect = jax.nn.sigmoid(logits), jax.nn.sigmoid(-logits)
         chance = jnp.stack([cooperate[0] * cooperate[1], cooperate[0] * defect[1],
                             defect[0] * cooperate[1], defect[0] * defect[1]])  # (4, 5) of an outcome, by that before it

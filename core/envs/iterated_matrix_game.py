@@ -11,8 +11,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from core.envs.interface import Discrete, TimeStep
+
+OTHER_VIEW = np.int32([0, 1, 3, 2, 4])  # start, CC, CD, DC, DD as the other player counts them
 
 
 class State(NamedTuple):
@@ -37,4 +40,4 @@ class Env:
 
     def observe(self, outcome):
         """[2, 5] an outcome as each of the players names it."""
-        return jax.nn.one_hot(jnp.stack([outcome, jnp.array([0, 1, 3, 2, 4])[outcome]]), 5)
+        return jax.nn.one_hot(jnp.stack([outcome, jnp.array(OTHER_VIEW)[outcome]]), 5)
