@@ -13,7 +13,8 @@ def draw_tree(path, tree):
 
     Left, for each action at the root: its share of the visits, and its probability before the search. The number above
     is its value in the tree. Right: a circle is a state that the search reached; its colour is its value. A thick line
-    was visited often. The principal line, that of the most visited children, is orange.
+    was visited often. The principal line, that of the most visited children, is orange. Only what hangs on the root is
+    drawn: from a tree with outcomes of chance mctx takes these out, and what is behind them.
     """
     children, visits = np.asarray(tree.children_index), np.asarray(tree.children_visits)
     place, depth = layout(children)
@@ -32,7 +33,7 @@ def draw_tree(path, tree):
             root.annotate(f"{q[0, a]:.3g}", (a, top), ha="center", va="bottom", fontsize=8)
         root.set(xlabel="action", xticks=x, ylim=(0, 1.1), title=f"root: value {value[0]:.4g}")
         root.legend()
-        for node, action in np.argwhere(children != UNVISITED):
+        for node, action in (edge for edge in np.argwhere(children != UNVISITED) if edge[0] in place):
             child = children[node, action]
             on_line = child in best
             whole.plot([place[node], place[child]], [-depth[node], -depth[child]], zorder=1 + on_line,

@@ -29,6 +29,8 @@ PLANTED_ERRORS = {
     "visits not shared out": (TREES, "visits[0] / max(visits[0].sum(), 1), 0.4", "visits[0], 0.4", DRAWN),
     "logits for a prior": (TREES, "root.bar(x + 0.2, prior,", "root.bar(x + 0.2, tree.children_prior_logits[0],",
                            DRAWN),
+    "what hangs on nothing is drawn": (TREES, "if edge[0] in place", "if edge[0] in range(9)",
+                                       "test_what_hangs_on_nothing_is_left_out"),
     "the tree of the first state": (VISUALIZE, "        obs = after.obs\n", "        after.obs\n", STEPS),
     "one step too few": (VISUALIZE, "jax.random.split(key, 2 + steps)", "jax.random.split(key, 1 + steps)", STEPS),
 }
@@ -75,6 +77,18 @@ def test_what_is_drawn(tmp_path, monkeypatch):
     assert len(whole.lines) == 4 and sum(line.get_color() == "tab:orange" for line in whole.lines) == 2
     np.testing.assert_array_equal(whole.collections[0].get_array(), [0, 1, 2, 3, 4])
     assert whole.get_title() == "4 simulations, principal line of 2 steps"
+
+
+def test_what_hangs_on_nothing_is_left_out(tmp_path, monkeypatch):
+    """As behind outcomes of chance: node 2 has lost its children, but they have theirs."""
+    figures, tree = [], a_tree()
+    monkeypatch.setattr(plt, "close", figures.append)
+    tree.children_index[2], tree.children_index[3, 0] = -1, 5
+    tree.children_visits[2], tree.children_visits[3, 0] = 0, 1
+    trees.draw_tree(tmp_path / "tree.png", tree)
+    whole = figures[0].axes[1]
+    assert len(whole.lines) == 2
+    np.testing.assert_array_equal(whole.collections[0].get_array(), [0, 1, 2])
 
 
 class Found(struct.PyTreeNode):
