@@ -37,9 +37,9 @@ from launchers.processes import use_devices
 
 
 def train(config, *, seed: int = 0, num_seeds: int = 1, eval_seed: int = 1_000_000, workdir: str | None = None,
-          resume: bool = False, save_every: float = 30.0, devices: int = 0, chunk: int = 0, smoke: bool = False,
-          wandb: Literal["off", "offline", "online"] = "off", coordinator: str | None = None, num_processes: int = 1,
-          process_id: int = 0) -> dict[str, Any]:
+          resume: bool = False, save_every: float = 30.0, keep: int = 2, devices: int = 0, chunk: int = 0,
+          smoke: bool = False, wandb: Literal["off", "offline", "online"] = "off", coordinator: str | None = None,
+          num_processes: int = 1, process_id: int = 0) -> dict[str, Any]:
     """Train all seeds of a config and return what summary.json holds.
 
     Args:
@@ -49,6 +49,7 @@ def train(config, *, seed: int = 0, num_seeds: int = 1, eval_seed: int = 1_000_0
         workdir: Folder of this run; by default a new one under runs/.
         resume: Go on from the newest checkpoint in workdir.
         save_every: Seconds between checkpoints, at least; there is one at the end and on SIGTERM, too.
+        keep: Checkpoints that stay: the newest ones; the best one stays, too.
         devices: Devices to spread the seeds over. 0: all accelerators. A CPU is split into as many as asked for.
         chunk: Iterations of one call of the program; 0: about half a second's worth.
         smoke: Shrink the budget to seconds.
@@ -58,7 +59,8 @@ def train(config, *, seed: int = 0, num_seeds: int = 1, eval_seed: int = 1_000_0
         process_id: Which of them this one is.
     """
     cli.check_seeds(seed=seed, eval_seed=eval_seed)
-    for name, value, least in (("num_seeds", num_seeds, 1), ("save_every", save_every, 0), ("chunk", chunk, 0)):
+    for name, value, least in (("num_seeds", num_seeds, 1), ("save_every", save_every, 0), ("keep", keep, 1),
+                               ("chunk", chunk, 0)):
         if not value >= least:
             raise UserError(f"--{name}={value}: at least {least}")
     check_wandb(wandb)
@@ -82,7 +84,7 @@ def train(config, *, seed: int = 0, num_seeds: int = 1, eval_seed: int = 1_000_0
         settings = dict(seed=seed, num_seeds=num_seeds, eval_seed=eval_seed, devices=devices, chunk=chunk, smoke=smoke)
         logger = Logger(folder, stored, settings, seeds.tolist(), state.meta["rows"], wandb) if lead else None
 
-        row, seconds = fit(job, state, folder, logger, save_every, chunk)
+        row, seconds = fit(job, state, folder, logger, save_every, keep, chunk)
         if row is None:  # it was killed after its last checkpoint
             row = {k: v[-1] for k, v in read_metrics(folder).items() if k != "seed"}
         summary = summary_of(job, seeds, row, compile_seconds, seconds, num_devices) | dict(smoke=smoke)
@@ -240,7 +242,7 @@ def newest(job, folder, lead):
     return State(stored["run"], stored["totals"], meta)
 
 
-def fit(job, state, folder, logger, save_every, chunk):
+def fit(job, state, folder, logger, save_every, keep, chunk):
     """All that is left of training: (last row, seconds)."""
     (run, totals, meta), config = state, job.config
     i, since, seconds, row, best = meta["iteration"], meta["since"], meta["seconds"], None, -np.inf
@@ -251,7 +253,7 @@ def fit(job, state, folder, logger, save_every, chunk):
     rows = sorted({*evaluations, *stops_of(iterations, budget / config.get("log_every", config.eval_every))})
     seeds = totals[1].shape[0]
     chunk = chunk if alone else iterations  # processes must cut alike; their clocks differ
-    size, writer = chunk or 1, checkpoint.Writer(folder / "checkpoints", save_every)
+    size, writer = chunk or 1, checkpoint.Writer(folder / "checkpoints", save_every, keep)
 
     def save(score=None):
         saved = job.whole(dict(run=run, totals=totals))

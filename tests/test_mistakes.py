@@ -143,6 +143,8 @@ train $MUZERO --config.random_steps=200000                                  | no
 train $CHANCE --config.search=gumbel                                          | search
 train $CHANCE --config.env_kwargs.sides=3                                     | sides
 train $ZERO --config.env=pgx/tictactoe                                      | tic_tac_toe
+train $PPO --config.env=pgx/tic_tac_toe                                     | opponent
+train $MUZERO --config.env=pgx/tic_tac_toe                                  | opponent
 train $LOLA --config.env=iterated_matrix_game                               | "values"
 train $LOLA --config.env=gymnax/CartPole-v1                                 | "values"
 train $LOLA --config.env_kwargs.payof=1                                     | payoff
@@ -217,6 +219,7 @@ train $PPO --seed=99999999999                                               | --
 train $PPO --eval_seed=-1                                                   | --eval_seed=-1
 train $PPO --save_every=-1                                                  | --save_every
 train $PPO --save_every=nan                                                 | --save_every
+train $PPO --keep=0                                                         | --keep=0
 train $PPO --chunk=-1                                                       | --chunk
 train $PPO --devices=-1                                                     | --devices=-1
 train $PPO --devices=64                                                     | --devices=64
@@ -286,6 +289,14 @@ compare --runs=$RUN,$SCRATCH/ragged_run                                     | me
 compare --runs=$RUN,$SCRATCH/doubled_run                                    | metrics.csv
 compare --runs=$RUN,$SCRATCH/bytes_metrics_run                              | metrics.csv
 compare --runs=$RUN,$SCRATCH/one_seed_run                                   | one_seed_run
+tournament                                                                  | --players
+tournament --players=random,$RUN                                            | gymnax/CartPole-v1
+tournament --players=random,greedy                                          | run
+tournament --players=$RUN                                                   | --players
+tournament --players=random,$RUN --games=3                                  | --games=3
+tournament --players=random,$RUN --opening=-1                               | --opening=-1
+tournament --players=random,$SCRATCH/nothing                                | nothing
+tournament --players=random,$RUN --picture=$NEW/x/y.png                     | $NEW
 adaptation --runs=$RUN                                                      | --runs
 adaptation --runs=$RUN,$RUN                                                 | $RUN
 adaptation --runs=$RUN,$SCRATCH/nothing                                     | env_kwargs
@@ -352,6 +363,7 @@ PLANTED_ERRORS = {
     "complex numbers are data": (DATASET, 'not in "biuf"', 'not in "biufc"', ROW),
     "an environment may lack what is needed": (INTERFACE, "if not hasattr(env.env, name)]", "if False]", ROW),
     "one agent, or several": (INTERFACE, "if (num_agents is not None) != agents:", "if False:", ROW),
+    "two players who move in turn are one": (INTERFACE, '"alternates", False) and', '"turns", False) and', ROW),
     "the wrong number of agents is named": (INTERFACE,
         'lacks.append("several agents" if num_agents is not None', 'lacks.append("several agents" if agents', ROW),
     "nobody waits for the others": ("launchers/processes.py", "while len(waiting) < num_processes - 1:", "while False:",

@@ -302,7 +302,7 @@ def test_training_stops_soon_after_a_checkpoint_failed(numpy_runs, monkeypatch):
     state = launcher.State(job.run, job.zeros(), launcher.START)
     logger = SimpleNamespace(rows=0, seeds=[0, 1], write=lambda row: None)
     with pytest.raises(OSError, match="step"):
-        launcher.fit(job._replace(config=config, train=train), state, numpy_runs, logger, 0.0, 1)
+        launcher.fit(job._replace(config=config, train=train), state, numpy_runs, logger, 0.0, 2, 1)
     assert next(count) == 3
 
 

@@ -38,6 +38,7 @@ class Env:
         self.opponent, self.reveal = settings["opponent"], settings["reveal"]
         if self.opponent not in OPPONENTS:
             raise UserError(f'opponent = "{self.opponent}" of "pgx/{name}": one of {", ".join(OPPONENTS)}')
+        self.alternates = self.opponent == "self"
         self.env, self.max_steps = pgx.make(name), GAMES[name]
         self.action_space = Discrete(self.env.num_actions)
 

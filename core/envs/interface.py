@@ -27,6 +27,7 @@ An environment may offer more. Who uses it:
     place(x) -> (2,)               where in that picture the hidden truth moves something           films of beliefs
     move(game, action)             the rules of a game for two: the game after, reward of who moves, whether it ended;
                                    obs["game"] is where it starts                                   alphazero
+    alternates                     two players move in turn: each step is of the other one          alphazero
     values(logits)                 (2,) what two policies earn in the whole game, exactly, with derivatives         lola
     reports_success                info["success"] says whether a step did what the task is         batch, evaluation
     reports_coplayer               info["coplayer_reward"] is what a co-player inside it earned with the step
@@ -139,6 +140,8 @@ def require(env: Any, config: Any, actions: tuple = (Discrete, Box), bounded: bo
     lacks = [f'no "{name}"' for name in offers if not hasattr(env.env, name)]
     if (num_agents is not None) != agents:
         lacks.append("several agents" if num_agents is not None else "one agent")
+    if getattr(getattr(env, "env", None), "alternates", False) and "move" not in offers:
+        lacks.append("two players who move in turn (env_kwargs.opponent names another one)")
     if not isinstance(env.action_space, actions):
         lacks.append("discrete actions" if isinstance(env.action_space, Discrete) else "continuous actions")
     elif bounded and not np.isfinite([env.action_space.low, env.action_space.high]).all():

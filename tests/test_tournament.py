@@ -1,0 +1,222 @@
+"""Tournaments: ratings against closed forms, and matches between players whose result is known."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from algorithms import alphazero, ppo, ppo_memory
+from core.envs import make_env
+from core.errors import UserError
+from launchers.train import train
+
+pytest.importorskip("pgx")
+
+from core.envs.from_pgx import Env  # noqa: E402
+from launchers import tournament as launcher  # noqa: E402
+
+FILE = "launchers/tournament.py"
+ELO, FORM, HALF, SIDES, KNOWN, SEEDS, NAMED = (
+    "test_two_players_have_the_ratings_of_the_formula", "test_ratings_are_the_most_likely_ones",
+    "test_a_player_without_noise_halves_the_points_with_itself", "test_the_side_decides_where_a_player_moves",
+    "test_every_game_is_played_to_its_end", "test_seeds_meet_their_like", "test_mistakes_are_named")
+PLANTED_ERRORS = {  # and the test that has to notice
+    "a scale of 200": (FILE, "rating[:, None]) / 400))", "rating[:, None]) / 200))", ELO),
+    "no draw more": (FILE, "gradient = (won - (games + 1) * expected)", "gradient = (won - games * expected)", ELO),
+    "one game of each pairing": (FILE, "won, slope, rating = points * games +", "won, slope, rating = points +", ELO),
+    "the last has 0": (FILE, "return rating - rating[0]", "return rating - rating[-1]", ELO),
+    "a player loses to a weaker one": (FILE, "(rating[None] - rating[:, None])", "(rating[:, None] - rating[None])",
+                                       ELO),
+    "one step of Newton": (FILE, "for _ in range(100):", "for _ in range(1):", FORM),
+    "no limit of a step": (FILE, "@ gradient, -400, 400)", "@ gradient, -np.inf, np.inf)", FORM),
+    "sides not exchanged": (FILE, "[games.current_player, 1 - games.current_player]",
+                            "[games.current_player, games.current_player]", HALF),
+    "other openings for the other side": (FILE, "jax.tree.map(lambda x: jnp.concatenate([x, x]), games)",
+                                          "jax.tree.map(lambda x: jnp.concatenate([x, x[::-1]]), games)", HALF),
+    "the other one moves": (FILE, "jnp.where(games.current_player == side,", "jnp.where(games.current_player != side,",
+                            SIDES),
+    "reward of the other": (FILE, "after.rewards, side[:, None]", "after.rewards, 1 - side[:, None]", KNOWN),
+    "reward of who moved first": (FILE, "after.rewards, side[:, None]", "after.rewards, 0 * side[:, None]", KNOWN),
+    "points from −1 to 1": (FILE, "return (1 + total.mean()) / 2", "return total.mean()", KNOWN),
+    "a game stops early": (FILE, "any_of(~state[1].terminated)", "~any_of(state[1].terminated)", KNOWN),
+    "one move of the opening": (FILE, "jax.random.split(opening_key, opening)",
+                                "jax.random.split(opening_key, min(opening, 1))", "test_an_opening_has_its_moves"),
+    "all games alike": (FILE, "jax.vmap(any_move, (None, 0, 0))(env, jax.random.split(key, num_games // 2), games)",
+                        "jax.vmap(any_move, (None, None, 0))(env, key, games)", "test_an_opening_has_its_moves"),
+    "rows for columns": (FILE, "points[:, j, i] = 1 - points[:, i, j]", "points[:, j, i] = points[:, i, j]", SEEDS),
+    "one key for all seeds": (FILE, "jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(eval_seed), jnp.arange("
+                              "num_seeds))", "jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(eval_seed), 0 * "
+                              "jnp.arange(num_seeds))", SEEDS),
+    "different games": (FILE, 'if not name.startswith("pgx/") or config.env != name:',
+                        'if not name.startswith("pgx/"):', NAMED),
+    "different numbers of seeds": (FILE, "!= len(jax.tree.leaves(loaded[first][2])[0]):", "== 0:", NAMED),
+}
+
+
+@pytest.fixture(autouse=True)
+def keys_are_checked_elsewhere():
+    """JAX's own check misfires on the tree search, which has branches under vmap."""
+    with jax.debug_key_reuse(False):
+        yield
+
+
+def player(moves):
+    """A player whose move is the first allowed one of `moves`, an order of the nine fields. It sees the board alone."""
+    class Player:
+        @staticmethod
+        def act(run, carry, obs, key):
+            allowed = obs[:, -9:][:, jnp.array(moves)]
+            return carry, jnp.array(moves)[allowed.argmax(axis=1)]
+
+    return launcher.Kind(Player, "", False)
+
+
+FORWARD, MIDDLE = player(range(9)), player((4, 0, 8, 2, 6, 1, 7, 3, 5))
+RANDOM, GREEDY = (launcher.Kind(None, rule, True) for rule in ("random", "greedy"))
+
+
+def points(kind, other, games=64, opening=2, seed=0):
+    env = Env("tic_tac_toe", reveal=True)
+    match = jax.jit(lambda key: launcher.match(env, kind, other, games, opening, (), (), key))
+    return float(match(jax.random.key(seed)))
+
+
+def test_two_players_have_the_ratings_of_the_formula():
+    """With 30 of 40 points and one draw more, the odds are 30.5 to 10.5."""
+    ratings = launcher.elo(np.array([[0.5, 0.25], [0.75, 0.5]]), 40)
+    np.testing.assert_allclose(ratings, [0, 400 * np.log10(30.5 / 10.5)], rtol=1e-9)
+    assert np.isfinite(launcher.elo(np.array([[0.5, 0.0], [1.0, 0.5]]), 1000)).all()
+
+
+def test_ratings_are_the_most_likely_ones():
+    """Points that ratings explain give these ratings back. Where no ratings do, the likelihood falls to all sides."""
+    true = np.array([0, -700, 250, 900.0])
+    chance = 1 / (1 + 10 ** ((true[None] - true[:, None]) / 400))
+    np.testing.assert_allclose(launcher.elo(chance, 10**7), true, atol=1)
+
+    points = np.array([[0.5, 0.9, 0.2], [0.1, 0.5, 0.7], [0.8, 0.3, 0.5]])
+
+    def likelihood(ratings):
+        total = 0.0
+        for i in range(3):
+            for j in range(3):
+                if i != j:
+                    won = points[i, j] * 20 + 0.5
+                    total -= won * np.log(1 + 10 ** ((ratings[j] - ratings[i]) / 400))
+        return total
+
+    best = launcher.elo(points, 20)
+    for shift in (np.eye(3)[1], np.eye(3)[2], np.array([0, 1, -1])):
+        assert likelihood(best) > max(likelihood(best + shift), likelihood(best - shift))
+
+
+def test_a_player_without_noise_halves_the_points_with_itself():
+    """Both sides of each opening are played, so what one side wins the other loses."""
+    assert points(FORWARD, FORWARD, opening=1) == points(MIDDLE, MIDDLE, opening=3) == 0.5
+
+
+def test_the_side_decides_where_a_player_moves():
+    """From the empty board. The third order beats the fourth from both sides."""
+    orders = [tuple(range(9)), (4, 0, 8, 2, 6, 1, 7, 3, 5), (2, 1, 8, 0, 3, 4, 7, 6, 5), (5, 3, 8, 1, 7, 2, 0, 6, 4)]
+    results = {(a, b): by_hand(a, b) for a in orders for b in orders if a < b}
+    assert {0.5, 1.0} <= {max(result, 1 - result) for result in results.values()}
+    for (first, second), result in results.items():
+        assert points(player(first), player(second), opening=0) == result
+
+
+def by_hand(first, second):
+    """The points of the first of two orders of fields, mean of both sides."""
+    lines = [(0, 1, 2), (3, 4, 5), (6, 7, 8), (0, 3, 6), (1, 4, 7), (2, 5, 8), (0, 4, 8), (2, 4, 6)]
+    total = 0.0
+    for starts in (0, 1):
+        stones, orders, turn, result = (set(), set()), (first, second), starts, 0.5
+        while len(stones[0] | stones[1]) < 9:
+            field = next(f for f in orders[turn] if f not in stones[0] | stones[1])
+            stones[turn].add(field)
+            if any(set(line) <= stones[turn] for line in lines):
+                result = 1.0 - turn
+                break
+            turn = 1 - turn
+        total += result / 2
+    return total
+
+
+def test_every_game_is_played_to_its_end():
+    """Greedy against random play, in 2,000 games: 70 to 80 percent of the points; turned around, the rest."""
+    strong, weak = points(GREEDY, RANDOM, 2000, 0), points(RANDOM, GREEDY, 2000, 0)
+    assert 0.70 < strong < 0.82 and 0.18 < weak < 0.30
+    assert abs(points(RANDOM, RANDOM, 2000, 0) - 0.5) < 0.03
+
+
+def test_an_opening_has_its_moves():
+    """Three stones lie on the boards that a player sees first, and not the same three on all of them."""
+    seen = []
+
+    class Watch:
+        @staticmethod
+        def act(run, carry, obs, key):
+            jax.debug.callback(lambda x: seen.append(np.asarray(x)), obs)
+            return carry, obs[:, -9:].argmax(axis=1)
+
+    points(launcher.Kind(Watch, "", False), FORWARD, 32, 3)
+    first = min(seen, key=lambda obs: -obs[:, -9:].sum())
+    assert (first[:, -9:].sum(axis=1) == 6).all()
+    assert len(np.unique(first[:16], axis=0)) > 10 and len(np.unique(first[:, -9:], axis=0)) > 10
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Of two seeds, against the greedy player."""
+    folder, config = tmp_path_factory.mktemp("runs") / "two", ppo.get_config()
+    config.env_kwargs = dict(opponent="greedy")
+    config.update(env="pgx/tic_tac_toe", num_envs=4, num_steps=8, env_steps=160, eval_every=32, eval_episodes=2)
+    with jax.debug_key_reuse(False):
+        train(config, num_seeds=2, workdir=str(folder), save_every=0.0, keep=4)
+    return folder
+
+
+def test_seeds_meet_their_like(run, tmp_path, capsys):
+    """Each seed has points of its own; checkpoints of one run are players; the picture is there."""
+    kept = sorted((run / "checkpoints").glob("*.npz"))
+    assert [int(path.stem.split("_")[1]) for path in kept][-4:] == [2, 3, 4, 5]
+    picture = tmp_path / "elo.png"
+    found = launcher.tournament(players=["random", str(kept[0]), str(run), "greedy"], games=16, picture=str(picture))
+    points, ratings = found["points"], found["elo"]
+    assert points.shape == (2, 4, 4) and ratings.shape == (2, 4) and picture.stat().st_size > 10_000
+    np.testing.assert_allclose(points + points.swapaxes(1, 2), 1.0)
+    assert (ratings[:, 0] == 0).all() and (points[0] != points[1]).any()
+    assert points[0, 0, 3] != points[1, 0, 3]  # also of two rules, whose noise is all that differs
+    assert f"two {int(kept[0].stem.split('_')[1])} " in capsys.readouterr().out
+
+
+def test_a_search_from_the_game_plays():
+    """It sees the game, too. Its moves have no noise, so it halves the points with itself."""
+    config, env = alphazero.get_config(), make_env("pgx/tic_tac_toe", 4, reveal=True)
+    config.update(num_envs=4, random_steps=48, buffer_size=100, num_simulations=8, hidden_dims=(8,))
+    zero = jax.jit(functools.partial(alphazero.init, source=env, config=ml_collections.FrozenConfigDict(config)))(
+        jax.random.key(0))
+    kind = launcher.Kind(alphazero, "", True)
+    match = jax.jit(lambda run, key: launcher.match(env.env, kind, kind, 16, 2, run, run, key))
+    assert float(match(zero, jax.random.key(1))) == 0.5
+
+
+def test_mistakes_are_named(run, monkeypatch):
+    for flag, value in (("games", 3), ("games", 0), ("opening", -1), ("eval_seed", -1), ("picture", "x.doc")):
+        with pytest.raises(UserError, match=f"{flag}"):
+            launcher.tournament(players=["random", str(run)], **{flag: value})
+
+    def load(player):  # a run by its name: what it is, its number of seeds
+        name, num_seeds = player.split("-")
+        algorithm = ppo_memory if name == "memory" else ppo
+        env = {"pole": "gymnax/CartPole-v1", "four": "pgx/connect_four"}.get(name, "pgx/tic_tac_toe")
+        config = dict(algorithm=name, env=env)
+        return algorithm, ml_collections.FrozenConfigDict(config), dict(x=np.zeros(int(num_seeds))), {}
+
+    monkeypatch.setattr(launcher, "load", load)
+    for players, word in (("random,greedy", "a run"), ("three-2", "three-2"), ("three-2,other-1", "seeds"),
+                          ("three-2,four-2", "four-2 .*connect_four"), ("pole-2,random", "board game"),
+                          ("memory-2,three-2", "memory")):
+        with pytest.raises(UserError, match=word):
+            launcher.tournament(players=players.split(","))
