@@ -160,14 +160,14 @@ def decide(env, kind, run, obs, key):
 
 def elo(points, games):
     """Ratings [N] of the players, from the points [N, N] of row against column, ½ against oneself, in `games` games
-    each: Newton's method, in steps of 400 at most."""
+    each: by Newton's method. The first rating stays 0."""
     won, slope, rating = points * games + 0.5, np.log(10) / 400, np.zeros(len(points))
     for _ in range(100):
         expected = 1 / (1 + 10 ** ((rating[None] - rating[:, None]) / 400))
         gradient = (won - (games + 1) * expected).sum(axis=1) * slope
         weight = (games + 1) * expected * (1 - expected) * slope**2
-        rating = rating + np.clip(np.linalg.pinv(np.diag(weight.sum(axis=1)) - weight) @ gradient, -400, 400)
-    return rating - rating[0]
+        rating[1:] += np.linalg.solve((np.diag(weight.sum(axis=1)) - weight)[1:, 1:], gradient[1:])
+    return rating
 
 
 def show(names, points, ratings, games):

@@ -26,11 +26,10 @@ PLANTED_ERRORS = {  # and the test that has to notice
     "a scale of 200": (FILE, "rating[:, None]) / 400))", "rating[:, None]) / 200))", ELO),
     "no draw more": (FILE, "gradient = (won - (games + 1) * expected)", "gradient = (won - games * expected)", ELO),
     "one game of each pairing": (FILE, "won, slope, rating = points * games +", "won, slope, rating = points +", ELO),
-    "the last has 0": (FILE, "return rating - rating[0]", "return rating - rating[-1]", ELO),
+    "the last has 0": (FILE, "return rating\n", "return rating - rating[-1]\n", ELO),
     "a player loses to a weaker one": (FILE, "(rating[None] - rating[:, None])", "(rating[:, None] - rating[None])",
                                        ELO),
     "one step of Newton": (FILE, "for _ in range(100):", "for _ in range(1):", FORM),
-    "no limit of a step": (FILE, "@ gradient, -400, 400)", "@ gradient, -np.inf, np.inf)", FORM),
     "sides not exchanged": (FILE, "[games.current_player, 1 - games.current_player]",
                             "[games.current_player, games.current_player]", HALF),
     "other openings for the other side": (FILE, "jax.tree.map(lambda x: jnp.concatenate([x, x]), games)",
@@ -87,7 +86,8 @@ def test_two_players_have_the_ratings_of_the_formula():
     """With 30 of 40 points and one draw more, the odds are 30.5 to 10.5."""
     ratings = launcher.elo(np.array([[0.5, 0.25], [0.75, 0.5]]), 40)
     np.testing.assert_allclose(ratings, [0, 400 * np.log10(30.5 / 10.5)], rtol=1e-9)
-    assert np.isfinite(launcher.elo(np.array([[0.5, 0.0], [1.0, 0.5]]), 1000)).all()
+    ratings = launcher.elo(np.array([[0.5, 0.0], [1.0, 0.5]]), 1000)
+    np.testing.assert_allclose(ratings, [0, 400 * np.log10(1000.5 / 0.5)], rtol=1e-6)
 
 
 def test_ratings_are_the_most_likely_ones():
