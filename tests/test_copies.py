@@ -68,6 +68,13 @@ PLANTED_ERRORS = {
     "good_shepherd: noise and trials draw from one key": (
         "algorithms/good_shepherd.py", "(members, trial_key, source)", "(members, noise_key, source)",
         "test_every_key_of_a_method_serves_once[good_shepherd]"),
+    "shaper: noise and trials draw from one key": (
+        "algorithms/shaper.py", "members, trial_key, source)", "members, noise_key, source)",
+        "test_every_key_of_a_method_serves_once[shaper]"),
+    "shaper: the environment draws from the key of the policy": (
+        "algorithms/shaper.py", "jax.random.split(env_key, source.num_envs)",
+        "jax.random.split(act_key, source.num_envs)",
+        "test_every_key_of_a_method_serves_once[shaper]"),
     "rebrac: all rounds draw the same rows": (
         "algorithms/rebrac.py", "jax.random.split(key, rounds)", "jnp.broadcast_to(key, (rounds,))",
         "test_every_key_of_a_method_serves_once[rebrac]"),
@@ -113,7 +120,9 @@ PLANTED_ERRORS = {
         "test_members_and_particles_of_pets_draw_on_their_own"),
 }
 SEEDS, ENVS, AGENTS, ITERATIONS, RECORD = 2, 3, 2, 2, 16
-GAMES = dict(lola="infinite_matrix_game", good_shepherd="learning_coplayer")  # of methods that no other one fits
+GAMES = dict(  # of methods that no other one fits
+    lola="infinite_matrix_game", lola_dice="iterated_matrix_game", good_shepherd="learning_coplayer",
+    shaper="tabular_coplayer")
 
 
 class Params(NamedTuple):

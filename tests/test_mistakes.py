@@ -27,8 +27,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 PPO, PETS, EKF = (f"--config=algorithms/{name}.py" for name in ("ppo", "pets", "ekf_lqr"))
 SAC, CROSSQ, PQN, MUZERO, CHANCE, ZERO = (f"--config=algorithms/{name}.py" for name in (
     "sac", "crossq", "pqn", "muzero", "stochastic_muzero", "alphazero"))
-LOLA, SHEPHERD, MEMORY, IQL, BC, REBRAC, FQL = (f"--config=algorithms/{name}.py" for name in (
-    "lola", "good_shepherd", "ppo_memory", "iql", "bc", "rebrac", "fql"))
+LOLA, DICE, SHEPHERD, SHAPER, MEMORY, IQL, BC, REBRAC, FQL = (f"--config=algorithms/{name}.py" for name in (
+    "lola", "lola_dice", "good_shepherd", "shaper", "ppo_memory", "iql", "bc", "rebrac", "fql"))
 POLE, TRACKING, OFFLINE = "--config=configs/icem_online_longer_pole.py", "--config=algorithms/ippo.py", (
     "--config=algorithms/dynamics.py")
 
@@ -76,10 +76,14 @@ NUMBERS = {  # of every config, and what it may not be
                eval_every=(0,), **{"env_kwargs.discount": (0, 1, -0.1, "nan"), "env_kwargs.payoff": (
                    "((-1,-1),(-3,0),(0,-3))", "((-1,-1),(-3,0),(0,-3),(-2,1e999))", "((-1,-1),(-3,0),(0,-3),(-2,'D'))",
                    "(-1,-3,0,-2)", "((-1,-1),(-3,0),(0,-3),(-2,None))", "nan", -1)}),
+    DICE: dict(lookahead=(-1, 1.5), lr=(0,), opponent_lr=(0, "nan"), init_std=(0,), discount=(1.1,), updates=(0,)),
     MEMORY: dict(memory_dim=(0, -1), num_minibatches=(0, 3)),
     SHEPHERD: dict(population=(0, 7, -2), noise_std=(0, -1, "nan"), lr=(0, -1), updates=(0,), num_envs=(0,), **{
         "env_kwargs.discount": (1,), "env_kwargs.learning_rate": (0, -1, "inf"), "env_kwargs.init_std": (0,),
         "env_kwargs.max_steps": (0, 2.5)}),
+    SHAPER: dict(population=(0, 7), noise_std=(0,), lr=(-1,), memory_dim=(0, 2.5), **{
+        "env_kwargs.rounds": (0, -3, 1.5), "env_kwargs.games": (0,), "env_kwargs.learning_rate": (0, "nan"),
+        "env_kwargs.payoff": ("((-1,-1),(-3,0),(0,-3))",)}),
 }
 CULPRITS = {"env_steps=10": "no iteration"}
 TYPED = """
@@ -150,6 +154,9 @@ train $LOLA --config.env=gymnax/CartPole-v1                                 | "v
 train $LOLA --config.env_kwargs.payof=1                                     | payoff
 train $SHEPHERD --config.env=infinite_matrix_game                           | several agents
 train $SHEPHERD --config.env=fixed_coplayer                                 | "reports_coplayer"
+train $DICE --config.env=fixed_coplayer                                     | one agent
+train $SHAPER --config.env=learning_coplayer                                | continuous
+train $SHAPER --config.env_kwargs.max_steps=10                              | rounds
 train $SHEPHERD --config.env_kwargs.coplayer=naive                          | learning_rate
 train $PPO --config.env=iterated_matrix_game                                | several agents
 train $PPO --config.env=fixed_coplayer --config.env_kwargs.coplayer=me      | coplayer
@@ -378,8 +385,8 @@ def rows():
                 typed = f"{key}={value}"
                 yield "train", [config, f"--config.{typed}"], CULPRITS.get(typed, key.rpartition(".")[2])
     names = dict(PPO=PPO, PETS=PETS, EKF=EKF, SAC=SAC, CROSSQ=CROSSQ, PQN=PQN, MUZERO=MUZERO, CHANCE=CHANCE, ZERO=ZERO,
-                 LOLA=LOLA, SHEPHERD=SHEPHERD, MEMORY=MEMORY, IQL=IQL, BC=BC, REBRAC=REBRAC, FQL=FQL, POLE=POLE,
-                 TRACKING=TRACKING, OFFLINE=OFFLINE)
+                 LOLA=LOLA, DICE=DICE, SHEPHERD=SHEPHERD, SHAPER=SHAPER, MEMORY=MEMORY, IQL=IQL, BC=BC, REBRAC=REBRAC,
+                 FQL=FQL, POLE=POLE, TRACKING=TRACKING, OFFLINE=OFFLINE)
     for line in TYPED.strip().splitlines():
         words, culprit = line.split(" | ")
         for name, value in names.items():

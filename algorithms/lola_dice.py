@@ -1,0 +1,165 @@
+"""LOLA-DiCE (Foerster et al., 2018, arXiv:1802.05098): opponents are shaped in games that are sampled round by round.
+Child of lola.py; the diff is the method.
+
+Two players learn at once. Each one supposes that its opponent takes K gradient steps, and differentiates through these
+steps. All values are estimated from games that both players play. For player i, with the opponent j:
+
+    □(x)   = exp(x − ⊥x)                 ⊥ stops the gradient: □ is 1, and its gradient is that of x    magic
+    J_i    = mean over the games of Σ_t γ^t [□(w_t) − □(w_{t−1})] A_{i,t}                              objective
+             w_t = Σ_{s≤t} log π_i(a_{i,s}) + log π_j(a_{j,s})
+    A_i,t  = r_{i,t} + γ b(s_{t+1}) − b(s_t)                                                           advantage
+             s_t the last outcome before round t; b(s) = mean of r_i + γ b(s') over all rounds after s
+    θ'_j   <- θ'_j + η ∂J_j(θ_i, θ'_j)/∂θ'_j   K times, from θ_j, each with new games                  Agent.shaped
+    θ_i    <- θ_i + α ∂J_i(θ_i, θ'_j)/∂θ_i     with new games of θ_i and θ'_j, also through θ'_j       Agent.update
+
+    θ_i the logits of its policy; α lr, η opponent_lr; K lookahead. J is 0, and its derivatives of any order are
+    estimates of those of the expected discounted return. With K = 0 each player climbs its own return: a naive learner,
+    to compare with.
+
+Ends: games end by their time limit only, max_steps; b says what would follow.
+Random: init draws the logits from key. Agent.update splits its key by player and by estimate, so no game is used twice.
+Departures: the paper's J_i is Σ_t γ^t □(w_t) r_{i,t} and a term with a baseline, which does little against the noise of
+second derivatives. This J_i is that of Loaded DiCE (Farquhar et al., 2019, arXiv:1909.10549). Its advantage looks one
+round ahead, which is exact as long as both players remember one round only. b solves five linear equations, of what was
+seen in the same games; the paper's is learnt. α, η, γ, the 64 games of 150 rounds, and the start at even chances are
+those of the authors' code.
+Kept: `Run`: the logits of both players, the clock. A checkpoint holds `Run`, the number of the iteration and the sums
+since the last row of the log.
+Decides: lookahead; opponent_lr; lr; num_envs, the games of an estimate.
+Cost: an update plays 2 (K + 1) · num_envs games of max_steps rounds and differentiates K times through a gradient.
+Expect: TODO
+"""
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import struct
+
+from core.clock import Clock
+from core.config import count, fraction, positive, whole
+from core.envs import Discrete, require
+
+TIT_FOR_TAT = np.array([1, 1, -1, 1, -1])  # signs of logits: first round, after CC, CD, DC, DD; own action first
+
+
+def get_config():
+    return ml_collections.ConfigDict(dict(
+        algorithm=pathlib.Path(__file__).stem,  # so a copied file launches itself
+        env="iterated_matrix_game",  # the prisoner's dilemma
+        env_kwargs=dict(max_steps=150),
+        num_envs=count(64),  # games of an estimate
+        updates=count(200),  # the budget of one seed
+        eval_every=count(50),  # updates between evaluations
+        eval_episodes=count(64),
+        lookahead=whole(1),  # K
+        lr=positive(0.2),  # α
+        opponent_lr=positive(0.3),  # η, the step size that a player supposes its opponent to have
+        discount=fraction(0.96),  # γ
+        init_std=positive(0.01),  # of the logits at the start: almost even chances
+    ))
+
+
+class Agent(struct.PyTreeNode):
+    """Both players."""
+
+    logits: jax.Array  # (2, 5)
+    config: Any = struct.field(pytree_node=False)
+
+    def shaped(self, own, i, source, keys):
+        """J_i after the opponent's supposed steps; `keys` of K + 1 estimates."""
+        logits, j = self.logits.at[i].set(own), 1 - i
+        for key in keys[:-1]:
+            games = play(jax.lax.stop_gradient(logits), key, source)
+            step = jax.grad(objective)(logits, games, j, self.config.discount)[j]
+            logits = logits.at[j].add(self.config.opponent_lr * step)
+        games = play(jax.lax.stop_gradient(logits), keys[-1], source)
+        return objective(logits, games, i, self.config.discount)
+
+    def update(self, source, key):
+        """One step of both players, each from the logits that the other one had before it."""
+        keys = jax.random.split(key, (2, self.config.lookahead + 1))
+        slope = jnp.stack([jax.grad(self.shaped)(self.logits[i], i, source, keys[i]) for i in (0, 1)])
+        return self.replace(logits=self.logits + self.config.lr * slope), dict(grad_norm=jnp.sqrt((slope**2).sum()))
+
+
+class Games(NamedTuple):
+    """Of all copies, time first."""
+
+    obs: jax.Array  # (T, E, 2, 5) as each player sees the last outcome
+    action: jax.Array  # (T, E, 2)
+    reward: jax.Array  # (T, E, 2)
+    next_obs: jax.Array  # (T, E, 2, 5)
+
+
+def play(logits, key, source):
+    """One game in every copy."""
+    reset_key, key = jax.random.split(key)
+    state, obs = jax.vmap(source.env.reset)(jax.random.split(reset_key, source.num_envs))
+
+    def step(carry, key):
+        state, obs = carry
+        act_key, env_key = jax.random.split(key)
+        action = choose(logits, obs, act_key)
+        state, ts = jax.vmap(source.env.step)(jax.random.split(env_key, source.num_envs), state, action)
+        return (state, ts.obs), Games(obs, action, ts.reward, ts.next_obs)
+
+    return jax.lax.scan(step, (state, obs), jax.random.split(key, source.max_steps))[1]
+
+
+def choose(logits, obs, key):  # (2, 5), (E, 2, 5) -> (E, 2): 0 cooperates, 1 defects
+    chance = jax.nn.sigmoid((logits[None] * obs).sum(axis=-1))
+    return 1 - jax.random.bernoulli(key, chance).astype(jnp.int32)
+
+
+def objective(logits, games, i, discount):
+    """J_i."""
+    shown = (logits[None, None] * games.obs).sum(axis=-1)
+    log_prob = jax.nn.log_sigmoid(jnp.where(games.action == 0, shown, -shown)).sum(axis=-1)  # (T, E) of both players
+    so_far = jnp.cumsum(log_prob, axis=0)
+    weight = discount ** jnp.arange(len(log_prob), dtype=jnp.float32)[:, None]
+    return (weight * (magic(so_far) - magic(so_far - log_prob)) * advantage(games, i, discount)).sum(axis=0).mean()
+
+
+def magic(x):
+    return jnp.exp(x - jax.lax.stop_gradient(x))
+
+
+def advantage(games, i, discount):
+    """A_i (T, E)."""
+    seen, then, reward = games.obs[:, :, i], games.next_obs[:, :, i], games.reward[..., i]  # (T, E, 5) twice, (T, E)
+    number = jnp.maximum(seen.sum(axis=(0, 1)), 1.0)  # (5,) of rounds after each outcome
+    follows = jnp.einsum("tes,tez->sz", seen, then) / number[:, None]
+    earned = jnp.einsum("tes,te->s", seen, reward) / number
+    value = jnp.linalg.solve(jnp.eye(5) - discount * follows, earned)
+    return reward + discount * then @ value - seen @ value
+
+
+class Run(NamedTuple):
+    agent: Agent
+    clock: Clock
+
+
+def init(key, source, config):
+    require(source, config, actions=(Discrete,), agents=True)
+    return Run(Agent(config.init_std * jax.random.normal(key, (2, 5)), config), Clock.start())
+
+
+def train_step(run, key, source, config):
+    """One update."""
+    agent, info = run.agent.update(source, key)
+    steps = 2 * (config.lookahead + 1) * source.num_envs * source.max_steps
+    return Run(agent, run.clock.tick(steps, 1)), info
+
+
+def act(run, carry, obs, key):
+    """Actions drawn from the policies of both players. Nothing is carried between steps."""
+    return (), choose(run.agent.logits, obs, key)
+
+
+def measure(run, key, source, config):
+    """The share of the two players whose likelier action is that of tit-for-tat, in the first round and after CC, CD,
+    DC and DD."""
+    return dict(tit_for_tat=(jnp.sign(run.agent.logits) == TIT_FOR_TAT[None]).all(axis=1).mean())
