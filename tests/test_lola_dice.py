@@ -185,13 +185,13 @@ def test_the_mixed_derivative_is_that_of_the_exact_value():
 
 
 def test_shaping_is_the_exact_one_with_many_games():
-    """The gradient through one step of the opponent's, of both players; η is small, so its noise matters little."""
+    """The gradient through one step of the opponent's, of both players."""
     source, (logits, values) = Batch(iterated_matrix_game.Env(UNEVEN, 25), 1024), exact()
-    agent = lola_dice.Agent(logits, make_config(opponent_lr=0.3, discount=0.7))
+    agent = lola_dice.Agent(logits, make_config(opponent_lr=1.5, discount=0.7))
 
     def lookahead(own, i):
         both = logits.at[i].set(own)
-        return values(both.at[1 - i].add(0.3 * jax.jacrev(values)(both)[1 - i, 1 - i]))[i]
+        return values(both.at[1 - i].add(1.5 * jax.jacrev(values)(both)[1 - i, 1 - i]))[i]
 
     for i in (0, 1):
         slope = jax.jit(lambda keys, i=i: jax.lax.map(

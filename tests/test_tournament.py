@@ -7,21 +7,24 @@ import ml_collections
 import numpy as np
 import pytest
 
-from algorithms import alphazero, ppo, ppo_memory
-from core.envs import make_env
+from algorithms import alphazero, lola, ppo, ppo_memory
+from core.envs import fixed_coplayer, iterated_matrix_game, make_env
 from core.errors import UserError
 from launchers.train import train
 
 pytest.importorskip("pgx")
 
 from core.envs.from_pgx import Env  # noqa: E402
+from launchers import matches  # noqa: E402
 from launchers import tournament as launcher  # noqa: E402
 
-FILE = "launchers/tournament.py"
-ELO, FORM, HALF, SIDES, KNOWN, SEEDS, NAMED = (
+FILE, MATCHES = "launchers/tournament.py", "launchers/matches.py"
+ELO, FORM, HALF, SIDES, KNOWN, SEEDS, NAMED, OPENING, ROUNDS, MEMORY, LOGITS = (
     "test_two_players_have_the_ratings_of_the_formula", "test_ratings_are_the_most_likely_ones",
     "test_a_player_without_noise_halves_the_points_with_itself", "test_the_side_decides_where_a_player_moves",
-    "test_every_game_is_played_to_its_end", "test_seeds_meet_their_like", "test_mistakes_are_named")
+    "test_every_game_is_played_to_its_end", "test_seeds_meet_their_like", "test_mistakes_are_named",
+    "test_an_opening_has_its_moves", "test_rounds_between_rules_by_hand", "test_a_memory_lasts_for_the_game",
+    "test_policies_of_two_players_take_their_seat")
 PLANTED_ERRORS = {  # and the test that has to notice
     "a scale of 200": (FILE, "rating[:, None]) / 400))", "rating[:, None]) / 200))", ELO),
     "no draw more": (FILE, "gradient = (won - (games + 1) * expected)", "gradient = (won - games * expected)", ELO),
@@ -30,27 +33,43 @@ PLANTED_ERRORS = {  # and the test that has to notice
     "a player loses to a weaker one": (FILE, "(rating[None] - rating[:, None])", "(rating[:, None] - rating[None])",
                                        ELO),
     "one step of Newton": (FILE, "for _ in range(100):", "for _ in range(1):", FORM),
-    "sides not exchanged": (FILE, "[games.current_player, 1 - games.current_player]",
+    "sides not exchanged": (MATCHES, "[games.current_player, 1 - games.current_player]",
                             "[games.current_player, games.current_player]", HALF),
-    "other openings for the other side": (FILE, "jax.tree.map(lambda x: jnp.concatenate([x, x]), games)",
+    "other openings for the other side": (MATCHES, "jax.tree.map(lambda x: jnp.concatenate([x, x]), games)",
                                           "jax.tree.map(lambda x: jnp.concatenate([x, x[::-1]]), games)", HALF),
-    "the other one moves": (FILE, "jnp.where(games.current_player == side,", "jnp.where(games.current_player != side,",
-                            SIDES),
-    "reward of the other": (FILE, "after.rewards, side[:, None]", "after.rewards, 1 - side[:, None]", KNOWN),
-    "reward of who moved first": (FILE, "after.rewards, side[:, None]", "after.rewards, 0 * side[:, None]", KNOWN),
-    "points from −1 to 1": (FILE, "return (1 + total.mean()) / 2", "return total.mean()", KNOWN),
-    "a game stops early": (FILE, "any_of(~state[1].terminated)", "~any_of(state[1].terminated)", KNOWN),
-    "one move of the opening": (FILE, "jax.random.split(opening_key, opening)",
-                                "jax.random.split(opening_key, min(opening, 1))", "test_an_opening_has_its_moves"),
-    "all games alike": (FILE, "jax.vmap(any_move, (None, 0, 0))(env, jax.random.split(key, num_games // 2), games)",
-                        "jax.vmap(any_move, (None, None, 0))(env, key, games)", "test_an_opening_has_its_moves"),
-    "rows for columns": (FILE, "points[:, j, i] = 1 - points[:, i, j]", "points[:, j, i] = points[:, i, j]", SEEDS),
-    "one key for all seeds": (FILE, "jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(eval_seed), jnp.arange("
-                              "num_seeds))", "jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(eval_seed), 0 * "
-                              "jnp.arange(num_seeds))", SEEDS),
-    "different games": (FILE, 'if not name.startswith("pgx/") or config.env != name:',
-                        'if not name.startswith("pgx/"):', NAMED),
-    "different numbers of seeds": (FILE, "!= len(jax.tree.leaves(loaded[first][2])[0]):", "== 0:", NAMED),
+    "the other one moves": (MATCHES, "jnp.where(games.current_player == side,",
+                            "jnp.where(games.current_player != side,", SIDES),
+    "reward of the other": (MATCHES, "after.rewards, side[:, None]", "after.rewards, 1 - side[:, None]", KNOWN),
+    "reward of who moved first": (MATCHES, "after.rewards, side[:, None]", "after.rewards, 0 * side[:, None]", KNOWN),
+    "points from −1 to 1": (MATCHES, "points = (1 + total.mean()) / 2", "points = total.mean()", KNOWN),
+    "a game stops early": (MATCHES, "any_of(~state[1].terminated)", "~any_of(state[1].terminated)", KNOWN),
+    "one move of the opening": (MATCHES, "jax.random.split(opening_key, opening)",
+                                "jax.random.split(opening_key, min(opening, 1))", OPENING),
+    "all games alike": (MATCHES, "keys = jax.random.split(key, num_games // 2)\n        action",
+                        "keys = jnp.broadcast_to(key, (num_games // 2,))\n        action", OPENING),
+    "row and column exchanged": (FILE, "table[:, i, j], table[:, j, i] = (", "table[:, j, i], table[:, i, j] = (",
+                                 SEEDS),
+    "one key for all seeds": (FILE, "jnp.arange(game.num_seeds))", "0 * jnp.arange(game.num_seeds))", SEEDS),
+    "a score over rows": (FILE, "else table.mean(axis=2)", "else table.mean(axis=1)", "test_a_tournament_in_rounds"),
+    "nobody meets itself": (FILE, "entrants[:i] if game.board else entrants[:i + 1]", "entrants[:i]",
+                            "test_a_tournament_in_rounds"),
+    "different games": (MATCHES, "same = own.env == config.env if board", "same = True if board", NAMED),
+    "different payoffs": (MATCHES, "and payoff(own) == payoff(config)", "", NAMED),
+    "the most seeds": (MATCHES, "num_seeds = min(", "num_seeds = max(", SEEDS),
+    "seats not exchanged back": (MATCHES, "(here + there[::-1]) / 2", "(here + there) / 2", ROUNDS),
+    "one order of seats": (MATCHES, "return (here + there[::-1]) / 2", "return here", LOGITS),
+    "the view of the first seat": (MATCHES, "own = obs[:, seat]", "own = obs[:, 0]", ROUNDS),
+    "rules that never choose": (MATCHES, "jax.random.bernoulli(key, chance), 0, 1)", "chance > 0.5, 0, 1)", ROUNDS),
+    "defection for cooperation": (MATCHES, "jax.random.bernoulli(key, chance), 0, 1)",
+                                  "jax.random.bernoulli(key, chance), 1, 0)", ROUNDS),
+    "both players draw alike": (MATCHES, "obs, keys[seat])", "obs, keys[0])", ROUNDS),
+    "the memory starts afresh": (MATCHES, "return (state, ts.obs, carries), ts.reward.mean(axis=0)",
+                                 "return (state, ts.obs, before[2]), ts.reward.mean(axis=0)", MEMORY),
+    "rounds see the first observation": (MATCHES, "return (state, ts.obs, carries), ts.reward",
+                                         "return (state, obs, carries), ts.reward", ROUNDS),
+    "the first player's policy in both seats": (MATCHES, "action[:, seat]", "action[:, 0]", LOGITS),
+    "the first player's logits in both seats": (MATCHES, "key)[1][:, seat]", "key)[1][:, 0]", LOGITS),
+    "the sum of all rounds": (MATCHES, "return rewards.mean(axis=0)", "return rewards.sum(axis=0)", ROUNDS),
 }
 
 
@@ -69,17 +88,19 @@ def player(moves):
             allowed = obs[:, -9:][:, jnp.array(moves)]
             return carry, jnp.array(moves)[allowed.argmax(axis=1)]
 
-    return launcher.Kind(Player, "", False)
+    return matches.Kind(Player, "", "board")
 
 
 FORWARD, MIDDLE = player(range(9)), player((4, 0, 8, 2, 6, 1, 7, 3, 5))
-RANDOM, GREEDY = (launcher.Kind(None, rule, True) for rule in ("random", "greedy"))
+RANDOM, GREEDY = (matches.Kind(None, rule, "game") for rule in ("random", "greedy"))
 
 
 def points(kind, other, games=64, opening=2, seed=0):
     env = Env("tic_tac_toe", reveal=True)
-    match = jax.jit(lambda key: launcher.match(env, kind, other, games, opening, (), (), key))
-    return float(match(jax.random.key(seed)))
+    match = jax.jit(lambda key: matches.board_match(env, games, opening, kind, other, (), (), key))
+    first, second = match(jax.random.key(seed))
+    assert first + second == 1
+    return float(first)
 
 
 def test_two_players_have_the_ratings_of_the_formula():
@@ -160,7 +181,7 @@ def test_an_opening_has_its_moves():
             jax.debug.callback(lambda x: seen.append(np.asarray(x)), obs)
             return carry, obs[:, -9:].argmax(axis=1)
 
-    points(launcher.Kind(Watch, "", False), FORWARD, 32, 3)
+    points(matches.Kind(Watch, "", "board"), FORWARD, 32, 3)
     first = min(seen, key=lambda obs: -obs[:, -9:].sum())
     assert (first[:, -9:].sum(axis=1) == 6).all()
     assert len(np.unique(first[:16], axis=0)) > 10 and len(np.unique(first[:, -9:], axis=0)) > 10
@@ -183,7 +204,7 @@ def test_seeds_meet_their_like(run, tmp_path, capsys):
     assert [int(path.stem.split("_")[1]) for path in kept][-4:] == [2, 3, 4, 5]
     picture = tmp_path / "elo.png"
     found = launcher.tournament(players=["random", str(kept[0]), str(run), "greedy"], games=16, picture=str(picture))
-    points, ratings = found["points"], found["elo"]
+    points, ratings = found["table"], found["score"]
     assert points.shape == (2, 4, 4) and ratings.shape == (2, 4) and picture.stat().st_size > 10_000
     np.testing.assert_allclose(points + points.swapaxes(1, 2), 1.0)
     assert (ratings[:, 0] == 0).all() and (points[0] != points[1]).any()
@@ -197,9 +218,9 @@ def test_a_search_from_the_game_plays():
     config.update(num_envs=4, random_steps=48, buffer_size=100, num_simulations=8, hidden_dims=(8,))
     zero = jax.jit(functools.partial(alphazero.init, source=env, config=ml_collections.FrozenConfigDict(config)))(
         jax.random.key(0))
-    kind = launcher.Kind(alphazero, "", True)
-    match = jax.jit(lambda run, key: launcher.match(env.env, kind, kind, 16, 2, run, run, key))
-    assert float(match(zero, jax.random.key(1))) == 0.5
+    kind = matches.Kind(alphazero, "", "game")
+    match = jax.jit(lambda run, key: matches.board_match(env.env, 16, 2, kind, kind, run, run, key))
+    np.testing.assert_array_equal(match(zero, jax.random.key(1)), 0.5)
 
 
 def test_mistakes_are_named(run, monkeypatch):
@@ -210,13 +231,115 @@ def test_mistakes_are_named(run, monkeypatch):
     def load(player):  # a run by its name: what it is, its number of seeds
         name, num_seeds = player.split("-")
         algorithm = ppo_memory if name == "memory" else ppo
-        env = {"pole": "gymnax/CartPole-v1", "four": "pgx/connect_four"}.get(name, "pgx/tic_tac_toe")
-        config = dict(algorithm=name, env=env)
+        env = dict(pole="gymnax/CartPole-v1", four="pgx/connect_four", tft="fixed_coplayer", chicken="fixed_coplayer",
+                   spread="jaxmarl/MPE_simple_spread_v3").get(name, "pgx/tic_tac_toe")
+        config = dict(algorithm=name, env=env, num_envs=2)
+        if name == "chicken":
+            config["env_kwargs"] = dict(payoff=((0, 0), (-1, 1), (1, -1), (-5, -5)))
         return algorithm, ml_collections.FrozenConfigDict(config), dict(x=np.zeros(int(num_seeds))), {}
 
-    monkeypatch.setattr(launcher, "load", load)
-    for players, word in (("random,greedy", "a run"), ("three-2", "three-2"), ("three-2,other-1", "seeds"),
-                          ("three-2,four-2", "four-2 .*connect_four"), ("pole-2,random", "board game"),
-                          ("memory-2,three-2", "memory")):
+    monkeypatch.setattr(matches, "load", load)
+    for players, word in (("random,greedy", "a run"), ("three-2", "three-2"), ("three-2,four-2", "four-2.*connect"),
+                          ("pole-2,random", "pole-2.*CartPole"), ("memory-2,three-2", "memory"),
+                          ("tft-2,greedy", "greedy.*tit_for_tat"), ("four-2,grim", "grim.*random, greedy"),
+                          ("tft-2,chicken-2", "chicken-2"), ("tft-2,three-2", "three-2.*tft-2"),
+                          ("spread-2,random", "spread-2.*MPE")):
         with pytest.raises(UserError, match=word):
             launcher.tournament(players=players.split(","))
+
+
+UNEVEN = ((0.5, -1), (-3, 2), (4, -0.25), (-2, 1.5))  # no player is like the other
+
+
+def rule(name):
+    return matches.Kind(None, name, "own")
+
+
+def rounds(kind, other, games=400, payoff=UNEVEN, runs=((), ()), max_steps=20):
+    """What both earn in a round, from the launcher."""
+    env = iterated_matrix_game.Env(payoff, max_steps)
+    with jax.debug_key_reuse(False):
+        return np.asarray(jax.jit(lambda key: matches.round_match(env, games, kind, other, *runs, key))(
+            jax.random.key(0)))
+
+
+def chain(first, second, max_steps=20, payoff=UNEVEN):
+    """What both earn in a round, in these seats, from their probabilities to cooperate after start, CC, CD, DC, DD, own
+    action first: by the distribution of outcomes."""
+    state, earned = np.eye(5)[0], np.zeros(2)
+    for _ in range(max_steps):
+        after = np.zeros(5)
+        for s in range(5):
+            p, q = first[s], second[[0, 1, 3, 2, 4][s]]
+            after[1:] += state[s] * np.array([p * q, p * (1 - q), (1 - p) * q, (1 - p) * (1 - q)])
+        state, earned = after, earned + after[1:] @ np.array(payoff)
+    return earned / max_steps
+
+
+@pytest.mark.parametrize("first, second", [("tit_for_tat", "always_defect"), ("grim", "random"), ("random", "random"),
+                                           ("always_cooperate", "tit_for_tat"), ("random", "tit_for_tat")])
+def test_rounds_between_rules_by_hand(first, second):
+    chances = [fixed_coplayer.RULES[name] for name in (first, second)]
+    expected = (chain(*chances) + chain(*chances[::-1])[::-1]) / 2
+    np.testing.assert_allclose(rounds(rule(first), rule(second)), expected, atol=0.12)
+
+
+def test_a_memory_lasts_for_the_game():
+    """A player that cooperates in the first five rounds only, by its memory; against one that always cooperates."""
+    class Counts:
+        @staticmethod
+        def initial_carry(run, num_envs):
+            return jnp.zeros(num_envs, jnp.int32)
+
+        @staticmethod
+        def act(run, carry, obs, key):
+            assert obs.shape == (4, 5)
+            return carry + 1, jnp.where(carry < 5, 0, 1)
+
+    found = rounds(matches.Kind(Counts, "", "own"), rule("always_cooperate"), games=8)
+    defects = np.array([UNEVEN[2], UNEVEN[1][::-1]]).mean(axis=0)
+    np.testing.assert_allclose(found, 0.25 * np.mean([UNEVEN[0], UNEVEN[0][::-1]], axis=0) + 0.75 * defects, rtol=1e-5)
+
+
+def test_policies_of_two_players_take_their_seat():
+    """The first player of `Both` cooperates where it cooperated, the second one always defects; `Logits` says the same
+    by logits. Both see the outcome in the view of each seat."""
+    class Both:
+        @staticmethod
+        def act(run, carry, obs, key):
+            first = jnp.where((obs[:, 0] * jnp.float32([1, 1, 1, 0, 0])[None]).sum(axis=1) > 0, 0, 1)
+            return carry, jnp.stack([first, jnp.ones_like(first)], axis=1)
+
+    class Logits:
+        @staticmethod
+        def act(run, carry, obs, key):
+            return carry, 40 * jnp.broadcast_to(jnp.float32([[1, 1, 1, -1, -1], [-1] * 5]), (len(obs), 2, 5))
+
+    first, second, tft = [1, 1, 1, 0, 0], [0] * 5, list(fixed_coplayer.RULES["tit_for_tat"])
+    expected = (chain(first, tft) + chain(tft, second)[::-1]) / 2
+    for kind in (matches.Kind(Both, "", "both"), matches.Kind(Logits, "", "logits")):
+        np.testing.assert_allclose(rounds(kind, rule("tit_for_tat"), games=4), expected, rtol=1e-5)
+
+
+def test_a_tournament_in_rounds(tmp_path):
+    """Of a run of LOLA, whose logits are known to the test, and two rules."""
+    folder, config = tmp_path / "lola", lola.get_config()
+    config.update(updates=2, eval_every=2, init_std=3.0)
+    with jax.debug_key_reuse(False):
+        train(config, num_seeds=2, workdir=str(folder), save_every=0.0)
+    picture = tmp_path / "matrix.png"
+    found = launcher.tournament(players=["tit_for_tat", str(folder), "always_defect"], games=256, picture=str(picture))
+    table, score = found["table"], found["score"]
+    _, _, run, _ = matches.load(str(folder))
+    prison = functools.partial(chain, max_steps=100, payoff=iterated_matrix_game.Env.payoff)
+    for seed, logits in enumerate(1 / (1 + np.exp(-np.float64(run.agent.logits)))):
+        defect = [0.0] * 5
+        both = (prison(logits[0], defect) + prison(defect, logits[1])[::-1]) / 2
+        np.testing.assert_allclose([table[seed, 1, 2], table[seed, 2, 1]], both, atol=0.06)
+        own = prison(*logits).mean()
+        np.testing.assert_allclose(table[seed, 1, 1], own, atol=0.1)
+    np.testing.assert_allclose(table[:, 0, 0], -1)
+    np.testing.assert_allclose(table[:, 2, 2], -2)
+    np.testing.assert_allclose([table[0, 0, 2], table[0, 2, 0]], [-2.01, -1.98], rtol=1e-5)
+    np.testing.assert_allclose(score, table.mean(axis=2))
+    assert picture.stat().st_size > 10_000
