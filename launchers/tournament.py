@@ -102,12 +102,13 @@ def draw(names, table, score, path, board):
     size = 2 + 0.6 * len(names)
     with figure(path, ncols=2, figsize=(2 * size, size)) as (_, (left, right)):
         mean, places = table.mean(axis=0), range(len(names))
-        left.imshow(mean, cmap="RdBu", **(dict(vmin=0, vmax=1) if board else {}))
+        image = left.imshow(mean, cmap="RdBu", **(dict(vmin=0, vmax=1) if board else {}))
         for i in places:
             for j in places:
                 if not board or i != j:
+                    dark = abs(image.norm(mean[i, j]) - 0.5) > 0.35
                     left.text(j, i, f"{100 * mean[i, j]:.0f}" if board else f"{mean[i, j]:.2f}", ha="center",
-                              va="center", fontsize=8)
+                              va="center", fontsize=8, color="white" if dark else "black")
         title = "points in percent" if board else "reward of a round"
         left.set(xticks=places, yticks=places, yticklabels=names, title=f"{title}, row against column")
         left.set_xticklabels(names, rotation=45, ha="right")
