@@ -27,7 +27,8 @@ Kept: `Run`: the logits of both players, the clock. A checkpoint holds `Run`, th
 since the last row of the log.
 Decides: lookahead; opponent_lr; lr; num_envs, the games of an estimate.
 Cost: an update plays 2 (K + 1) · num_envs games of max_steps rounds and differentiates K times through a gradient.
-Expect: TODO
+Expect: −163 and −166 in 150 rounds, IQM of 16 seeds, after 200 updates with configs/lola_dice_ipd.py: −1.09 and −1.10
+a round. Without a look-ahead −300. 18 s for all seeds on 2 CPU cores, after 7 s of compilation.
 """
 import pathlib
 from typing import Any, NamedTuple
