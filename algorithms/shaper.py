@@ -27,7 +27,9 @@ Kept: `Run`: θ, Adam's moments, the clock. A checkpoint holds `Run`, the number
 last row of the log.
 Decides: noise_std, lr; the co-player's learning_rate.
 Cost: one generation plays P · E trials of 2,000 rounds, each with a pass of the GRU.
-Expect: TODO
+Expect: a return of −802 in 2,000 rounds, IQM of 8 seeds, after 500 generations of 512,000 rounds with
+configs/shaper_ipd.py: −0.40 a round, and about −2.46 for the co-player. Who cooperates has −1, who defects −2. 9 minutes
+for all seeds on 2 CPU cores where other programs run.
 """
 import pathlib
 from typing import Any, NamedTuple
