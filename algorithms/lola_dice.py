@@ -2,31 +2,35 @@
 Child of lola.py; the diff is the method.
 
 Two players learn at once. Each one supposes that its opponent takes K gradient steps, and differentiates through these
-steps. All values are estimated from games that both players play. For player i, with the opponent j:
+steps. Each knows the policy of the other. All values are estimated from games that both play. For player i, with the
+opponent j:
 
+    π_i(C | s) = σ(θ_{i,s}), s the last outcome as player i sees it: start, CC, CD, DC or DD          choose
     □(x)   = exp(x − ⊥x)                 ⊥ stops the gradient: □ is 1, and its gradient is that of x    magic
-    J_i    = mean over the games of Σ_t γ^t [□(w_t) − □(w_{t−1})] A_{i,t}                              objective
-             w_t = Σ_{s≤t} log π_i(a_{i,s}) + log π_j(a_{j,s})
+    J_i    = mean over the games of Σ_{t≥0} γ^t [□(w_t) − □(w_{t−1})] A_{i,t},   w_{−1} = 0            objective
+             w_t = Σ_{u≤t} log π_i(a_{i,u}) + log π_j(a_{j,u})
     A_i,t  = r_{i,t} + γ b(s_{t+1}) − b(s_t)                                                           advantage
-             s_t the last outcome before round t; b(s) = mean of r_i + γ b(s') over all rounds after s
+             b(s) = mean of r_i + γ b(s') over all rounds after s; 0 where s was not seen
     θ'_j   <- θ'_j + η ∂J_j(θ_i, θ'_j)/∂θ'_j   K times, from θ_j, each with new games                  Agent.shaped
     θ_i    <- θ_i + α ∂J_i(θ_i, θ'_j)/∂θ_i     with new games of θ_i and θ'_j, also through θ'_j       Agent.update
 
-    θ_i the logits of its policy; α lr, η opponent_lr; K lookahead. J is 0, and its derivatives of any order are
-    estimates of those of the expected discounted return. With K = 0 each player climbs its own return: a naive learner,
-    to compare with.
+    θ_i logits; α lr, η opponent_lr; K lookahead. Actions, A and b are constants to a gradient. The number J is 0. Its
+    derivatives of any order estimate those of the expected discounted return. Their bias falls with the number of
+    games, because b comes from the same games. With K = 0 each player climbs its own return: a naive learner.
 
-Ends: games end by their time limit only, max_steps; b says what would follow.
-Random: init draws the logits from key. Agent.update splits its key by player and by estimate, so no game is used twice.
-Departures: the paper's J_i is Σ_t γ^t □(w_t) r_{i,t} and a term with a baseline, which does little against the noise of
-second derivatives. This J_i is that of Loaded DiCE (Farquhar et al., 2019, arXiv:1909.10549). Its advantage looks one
-round ahead, which is exact as long as both players remember one round only. b solves five linear equations, of what was
-seen in the same games; the paper's is learnt. α, η, γ, the 64 games of 150 rounds, and the start at even chances are
-those of the authors' code.
+Ends: games end by their time limit only, max_steps. After the last round, γ b stands for what would follow.
+Random: init draws the logits from key. Agent.update splits its key by player and by estimate, so no game is used twice;
+`play` splits by round, then into the key of the actions and those of the copies.
+Departures: the paper's J_i is Σ_t γ^t □(w_t) r_{i,t}, with a baseline term. It reduces the noise of first derivatives,
+and hardly that of second ones. This J_i is that of Loaded DiCE (Farquhar et al., 2019, arXiv:1909.10549). Its advantage
+looks one round ahead: that is enough as long as both players remember one round only. b solves its five equations; the
+paper's baseline is learnt. The authors' code has K = 2, η = 0.1 for 64 games, and starts from random logits. α, γ, 64
+games and 150 rounds are the same there.
 Kept: `Run`: the logits of both players, the clock. A checkpoint holds `Run`, the number of the iteration and the sums
-since the last row of the log.
+since the last row of the log. The clock counts a step for each round of each game, also of the supposed ones.
 Decides: lookahead; opponent_lr; lr; num_envs, the games of an estimate.
-Cost: an update plays 2 (K + 1) · num_envs games of max_steps rounds and differentiates K times through a gradient.
+Cost: an update plays 2 (K + 1) · num_envs games of max_steps rounds. The gradient of each player passes through K inner
+gradients.
 Expect: −163 and −166 in 150 rounds, IQM of 16 seeds, after 200 updates with configs/lola_dice_ipd.py: −1.09 and −1.10
 a round. Without a look-ahead −300. 18 s for all seeds on 2 CPU cores, after 7 s of compilation.
 """
@@ -42,6 +46,7 @@ from flax import struct
 from core.clock import Clock
 from core.config import count, fraction, positive, whole
 from core.envs import Discrete, require
+from core.errors import UserError
 
 TIT_FOR_TAT = np.array([1, 1, -1, 1, -1])  # signs of logits: first round, after CC, CD, DC, DD; own action first
 
@@ -145,6 +150,10 @@ class Run(NamedTuple):
 
 def init(key, source, config):
     require(source, config, actions=(Discrete,), agents=True)
+    if jax.eval_shape(source.reset, key)[1].shape[1:] != (2, 5) or source.action_space.n != 2:
+        raise UserError(f'{config.algorithm} plays 2x2 games; "{config.env}" is none')
+    if config.discount == 1:
+        raise UserError("discount = 1: has to be below 1")
     return Run(Agent(config.init_std * jax.random.normal(key, (2, 5)), config), Clock.start())
 
 

@@ -1,35 +1,35 @@
 """SHAPER (Khan et al., 2024, arXiv:2312.12568), by an evolution strategy (Salimans et al., 2017, arXiv:1703.03864).
 Child of good_shepherd.py; the diff is the method.
 
-A co-player learns between the games of a trial. The agent's memory lasts for the whole trial, over the ends of games,
-so the agent can observe what the co-player has learnt and change its own play. An evolution strategy compares whole
-trials and differentiates through nothing:
+A trial is many games against one co-player, which learns after each game. The agent's memory lasts for the whole trial,
+over the ends of games, so it can show how the co-player changes. An evolution strategy ranks members by their returns
+of whole trials. It needs no gradient:
 
     h_t = GRU(h_{t−1}, s_t),   π(a | h_t) = softmax(W h_t + b),   h_0 = 0 at the start of a trial     Policy
     ε_i ~ N(0, I), i = 1 … P/2;   ε_{P/2+i} = −ε_i          antithetic pairs                            Agent.draw
-    f_i = mean return of a trial with policy θ + σ ε_i, over E trials, the same for all i              trials
+    f_i = mean return of a trial with policy θ + σ ε_i, over E trials, against the same E co-players   trials
     w_i = (rank_i − 1) / (P − 1) − ½                        rank 1 for the lowest f_i, P for the highest shape
     g   = Σ_i w_i ε_i / (P σ)                                                                          Agent.update
     θ  <- θ + α Adam(g)                                                                                Agent.update
 
     θ mean, the weights of the policy; σ noise_std; P population; E num_envs; α lr. Equal returns share their mean rank.
-    s_t the last outcome of the running game (core/envs/tabular_coplayer.py). Actions are drawn from π, also when it is
-    evaluated.
+    s_t the last outcome of the running game (core/envs/tabular_coplayer.py). Training and evaluation both draw actions
+    from π.
 
-Ends: a trial is one episode. What follows an end does not count.
+Ends: a trial is one episode. Rewards after its end are ignored.
 Random: first weights (init's key). train_step splits its key into that of ε (noise_key) and that of the trials
 (trial_key). All members meet the same co-players, and their actions use the same random numbers, drawn anew in each
 generation. So two members differ by their policies alone.
-Departures: in the paper a member plays many games at once with each co-player, and its memory takes in the mean over
-these games. Here one game is played at a time. σ stays constant, there is no weight decay, and Adam has its usual
-constants.
+Departures: in the paper a member plays many games at once with each co-player, which learns from all of them by PPO,
+and the hidden states of these games are averaged. Here they play one game at a time, and the co-player learns from it
+by REINFORCE. σ stays constant, there is no weight decay, and Adam has its usual constants.
 Kept: `Run`: θ, Adam's moments, the clock. A checkpoint holds `Run`, the number of the iteration and the sums since the
 last row of the log.
 Decides: noise_std, lr; the co-player's learning_rate.
 Cost: one generation plays P · E trials of 2,000 rounds, each with a pass of the GRU.
 Expect: a return of −802 in 2,000 rounds, IQM of 8 seeds, after 500 generations of 512,000 rounds with
-configs/shaper_ipd.py: −0.40 a round, and about −2.46 for the co-player. Who cooperates has −1, who defects −2. 9 minutes
-for all seeds on 2 CPU cores where other programs run.
+configs/shaper_ipd.py: −0.40 a round, and about −2.46 for the co-player. Two that cooperate have −1, two that defect −2.
+9 minutes for all seeds on 2 CPU cores where other programs run.
 """
 import pathlib
 from typing import Any, NamedTuple

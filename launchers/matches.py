@@ -34,7 +34,7 @@ class Entrant(NamedTuple):
 class Game(NamedTuple):
     board: bool
     match: Any  # kind, other kind, run, other run, key -> (2,) what both earn
-    num_seeds: int  # the fewest that a run has
+    num_seeds: int  # the smallest number of seeds of any run
 
 
 def enter(players, games, opening):
@@ -145,11 +145,12 @@ def round_match(env, num_games, kind, other_kind, run, other, key):
 
 def choose(kind, run, seat, carry, obs, key):  # obs (E, 2, 5) -> carry, actions (E,)
     own = obs[:, seat]
-    if kind.view == "logits":
-        logits = kind.algorithm.act(run, carry, obs, key)[1][:, seat]
-        chance = jax.nn.sigmoid((own * logits).sum(axis=1))
-    elif kind.algorithm is None:
+    if kind.algorithm is None:
         chance = own @ jnp.array(fixed_coplayer.RULES[kind.rule])
+    elif kind.view == "logits":  # of a game that shows nothing
+        key, act_key = jax.random.split(key)
+        logits = kind.algorithm.act(run, carry, jnp.zeros((len(obs), 2, 1)), act_key)[1][:, seat]
+        chance = jax.nn.sigmoid((own * logits).sum(axis=1))
     else:
         carry, action = kind.algorithm.act(run, carry, own if kind.view == "own" else obs, key)
         return carry, action if kind.view == "own" else action[:, seat]

@@ -1,22 +1,24 @@
-"""Let players meet, each with each: in a board game, with Elo ratings, or in a 2x2 game of 100 rounds.
+"""Every player plays every other player: a board game, with Elo ratings, or a 2x2 game of 100 rounds.
 
     python -m launchers.tournament --players=random,greedy,runs/x/checkpoints/step_000000000250.npz,runs/x
     python -m launchers.tournament --players=tit_for_tat,always_defect,runs/y,runs/z --picture=matrix.png
 
 A player is a run, one of its checkpoints, or a rule by its name: an opponent of core/envs/from_pgx.py in a board game
 of pgx, a co-player of core/envs/fixed_coplayer.py in a 2x2 game. The first run says which game it is. Nobody learns
-while they play. Seed i of a run meets seed i of the others, so each seed gives numbers of its own, and the table has
-their IQM [95% CI].
+while they play. Seed i of a run meets seed i of the others. So each seed gives a score of its own, and the score is
+printed as IQM [95% CI] over seeds; an entry of the matrix is a mean over seeds.
 
-In a 2x2 game the table has what the row earns in a round against the column; a player also meets itself. Its score is
-the mean of its row. Half of the games are played with the seats exchanged.
+In a 2x2 game an entry is the mean reward that the row player has in a round against the column player; a player also
+meets itself. Its score is the mean of its row. Runs may come from fixed_coplayer, tabular_coplayer,
+iterated_matrix_game and infinite_matrix_game. A run of two players plays with the one of its seat, and half of the
+games are played with the seats exchanged.
 
-In a board game the table has points, 1 for a win and ½ for a draw. A game begins with random moves, its opening,
-because players without noise would play one game again and again. Each opening is played twice, with the sides
-exchanged. The score is the Elo rating R:
+In a board game an entry is the mean of points, 1 for a win and ½ for a draw. A game begins with random moves, its
+opening, because players without noise would play one game again and again. Each opening is played twice, with the sides
+exchanged; a game that ends in its opening counts as a draw. The score is the Elo rating R:
 
     E_ij = 1 / (1 + 10^((R_j − R_i) / 400))     the points that i is expected to win in one game against j
-    R    the ratings under which all games together are most likely; a draw is half a win and half a loss
+    R    the maximum-likelihood ratings of all games; a draw is half a win and half a loss
 
 Each pairing counts one draw more than was played, so a player who wins every game has a finite rating. The first player
 has the rating 0.
@@ -36,7 +38,7 @@ from launchers.runs import figure
 
 def tournament(*, players: list[str], games: int = 128, opening: int = 2, eval_seed: int = 1_000_000,
                picture: str | None = None) -> dict[str, np.ndarray]:
-    """Play all pairings: table [S, N, N] of what row earns against column, and score [S, N] of each player.
+    """Play all pairings: table [S, N, N] of what row earns against column, and the score [S, N] of each player.
 
     Args:
         players: Runs, their checkpoints, and rules.
@@ -90,7 +92,7 @@ def elo(points, games):
 def show(names, table, score, games, board):
     what = "Elo" if board else "reward of a round"
     print(f"{what}, IQM [95% CI] of {len(score)} seeds; then what each earned{' in percent' * board}, row against "
-          f"column, {games} games a seed")
+          f"column, mean of the seeds, {games} games each")
     width = max(map(len, names))
     for i, name in enumerate(names):
         row = " ".join("     " if board and i == j else f"{100 * x:5.1f}" if board else f"{x:5.2f}"

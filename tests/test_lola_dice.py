@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from algorithms import lola, lola_dice
-from core.envs import Batch, iterated_matrix_game, make_env
+from core.envs import Batch, Discrete, iterated_matrix_game, make_env
 from core.envs.infinite_matrix_game import Env as Infinite
 from core.errors import UserError
 
@@ -81,6 +81,8 @@ PLANTED_ERRORS = {  # and the test that has to notice
                                            "return (), choose(1e3 * run.agent.logits, obs, key)", CHOICE),
     "one player's games are counted": (FILE, "steps = 2 * (config", "steps = (config", CLOCK),
     "games of the steps are not counted": (FILE, "(config.lookahead + 1) *", "config.lookahead *", CLOCK),
+    "a discount of 1": (FILE, "if config.discount == 1:", "if False:", MISTAKES),
+    "any game of two": (FILE, "or source.action_space.n != 2:", "and False:", MISTAKES),
     "one player is enough": (FILE, "actions=(Discrete,), agents=True)", "actions=(Discrete,))", MISTAKES),
 }
 UNEVEN = ((0.5, -1), (-3, 2), (4, -0.25), (-2, 1.5))  # no player is like the other
@@ -311,7 +313,17 @@ def test_shaping_finds_cooperation_and_naive_learners_do_not(lookahead, low, hig
     assert low < values.mean() < high
 
 
+class Three(iterated_matrix_game.Env):
+    """A third action, which no rule of the game knows."""
+
+    action_space = Discrete(3)
+
+
 def test_mistakes_are_named():
+    with pytest.raises(UserError, match="discount = 1"):
+        lola_dice.init(jax.random.key(0), make_env("iterated_matrix_game", 1), make_config(discount=1.0))
+    with pytest.raises(UserError, match="2x2 games"):
+        lola_dice.init(jax.random.key(0), Batch(Three(), 1), make_config())
     for name, words in (("fixed_coplayer", "one agent"), ("infinite_matrix_game", "continuous")):
         with pytest.raises(UserError, match=words):
             lola_dice.init(jax.random.key(0), make_env(name, 1), make_config(env=name))

@@ -1,4 +1,4 @@
-"""The iterated 2x2 game, game after game, against a co-player that learns after each game. One step is one round.
+"""The 2x2 game in rounds: many games against one co-player, which learns after each of them. One step is one round.
 
     σ(θ_s)   the probability that the co-player cooperates after s, which is start, CC, CD, DC or DD       Env.step
     e  <- γ e + ∂ log P(a) / ∂θ       a the co-player's action in this round; e = 0 at the start of a game  Env.step
@@ -7,13 +7,14 @@
 
     θ the co-player's logits, drawn from N(0, init_std²) at the start of an episode; η learning_rate; γ discount
 
-So g is the policy gradient (REINFORCE; Williams, 1992, doi.org/10.1007/BF00992696) of one game: each action is credited
-with the discounted rewards that follow it in this game. b starts with the mean of the co-player's four payoffs. Earlier
-games choose b, so it changes no expectation.
+So g is the REINFORCE estimate of one game (Williams, 1992, doi.org/10.1007/BF00992696): each action is credited with
+the discounted rewards that follow it in this game. As usual, later actions have no factor γ^t. b starts with the mean
+of the co-player's four payoffs, and later depends on earlier games only, so it does not change the mean of g.
 
-An episode is one trial: `games` games of `rounds` rounds against one co-player. It is truncated there; nothing
-terminates. The co-player of the next episode starts afresh. The agent observes the last outcome of the running game, as
-in iterated_matrix_game.py: start, CC, CD, DC or DD, its own action first. Action 0 cooperates, 1 defects.
+An episode is one trial: `games` games of `rounds` rounds against one co-player. It is truncated after the last game;
+nothing terminates. The next episode has a new co-player. The agent observes the last outcome of the running game, as
+in iterated_matrix_game.py: start, CC, CD, DC or DD, its own action first. After the last round of a game it observes
+start. Action 0 cooperates, 1 defects.
 """
 import dataclasses
 import functools
