@@ -29,8 +29,8 @@ SAC, CROSSQ, PQN, MUZERO, CHANCE, ZERO = (f"--config=algorithms/{name}.py" for n
     "sac", "crossq", "pqn", "muzero", "stochastic_muzero", "alphazero"))
 LOLA, SHEPHERD, MEMORY, IQL, BC, REBRAC, FQL = (f"--config=algorithms/{name}.py" for name in (
     "lola", "good_shepherd", "ppo_memory", "iql", "bc", "rebrac", "fql"))
-POLE, TRACKING, OFFLINE = "--config=configs/icem_online_longer_pole.py", "--config=algorithms/ippo.py", (
-    "--config=algorithms/dynamics.py")
+POLE, TRACKING, ALIGN, OFFLINE = "--config=configs/icem_online_longer_pole.py", "--config=algorithms/ippo.py", (
+    "--config=algorithms/advantage_alignment.py"), "--config=algorithms/dynamics.py"
 
 NUMBERS = {  # of every config, and what it may not be
     PPO: dict(lr=(0, -1, "nan", "inf"), discount=(-0.1, 2, "nan"), gae_lambda=(-1, 1.5), clip=(0, -1), num_envs=(0, -4),
@@ -76,6 +76,7 @@ NUMBERS = {  # of every config, and what it may not be
                eval_every=(0,), **{"env_kwargs.discount": (0, 1, -0.1, "nan"), "env_kwargs.payoff": (
                    "((-1,-1),(-3,0),(0,-3))", "((-1,-1),(-3,0),(0,-3),(-2,1e999))", "((-1,-1),(-3,0),(0,-3),(-2,'D'))",
                    "(-1,-3,0,-2)", "((-1,-1),(-3,0),(0,-3),(-2,None))", "nan", -1)}),
+    ALIGN: dict(alignment=(-1, "nan"), discount=(1.5,), **{"env_kwargs.max_steps": (0,)}),
     MEMORY: dict(memory_dim=(0, -1), num_minibatches=(0, 3)),
     SHEPHERD: dict(population=(0, 7, -2), noise_std=(0, -1, "nan"), lr=(0, -1), updates=(0,), num_envs=(0,), **{
         "env_kwargs.discount": (1,), "env_kwargs.learning_rate": (0, -1, "inf"), "env_kwargs.init_std": (0,),
@@ -153,6 +154,8 @@ train $PPO --config.env=iterated_matrix_game                                | se
 train $PPO --config.env=fixed_coplayer --config.env_kwargs.coplayer=me      | coplayer
 train $PPO --config.env=fixed_coplayer "--config.env_kwargs.payoff=((0,),)" | payoff
 train $TRACKING --config.env=iterated_matrix_game --config.env_kwargs.max_steps=0 | max_steps
+train $ALIGN --config.env=fixed_coplayer                                    | one agent
+train $TRACKING --config.env=coin_game "--config.env_kwargs.payoff=((1,1),(1,1))" | payoff
 train $ZERO --config.env_kwargs.reveal=False                                | reveal
 train $ZERO --config.eval_env_kwargs.oponent=random                         | oponent
 train $POLE --config.env=gymnax/CartPole-v1                                 | "jump_by"
@@ -367,7 +370,7 @@ def rows():
                 yield "train", [config, f"--config.{typed}"], CULPRITS.get(typed, key.rpartition(".")[2])
     names = dict(PPO=PPO, PETS=PETS, EKF=EKF, SAC=SAC, CROSSQ=CROSSQ, PQN=PQN, MUZERO=MUZERO, CHANCE=CHANCE, ZERO=ZERO,
                  LOLA=LOLA, SHEPHERD=SHEPHERD, MEMORY=MEMORY, IQL=IQL, BC=BC, REBRAC=REBRAC, FQL=FQL, POLE=POLE,
-                 TRACKING=TRACKING, OFFLINE=OFFLINE)
+                 TRACKING=TRACKING, ALIGN=ALIGN, OFFLINE=OFFLINE)
     for line in TYPED.strip().splitlines():
         words, culprit = line.split(" | ")
         for name, value in names.items():
