@@ -247,7 +247,7 @@ def test_a_column_says_how_much_each_player_cooperates():
 
 @pytest.mark.slow
 def test_players_cooperate(tmp_path):
-    """In at least 90% of the rounds of greedy play and 50% of drawn actions, both players, where the parent's defect."""
+    """In at least 90% of the rounds of greedy play, and in 50% with drawn actions, where the parent's defect."""
     for alignment in (1.0, 0.0):
         config = advantage_alignment_ipd.get_config()
         config.alignment = alignment
