@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
 
+from core.envs.batch import where
 from core.envs.interface import Transition, ended
 
 
 def evaluate(act: Callable, env: Any, key: jax.Array, carry: Any = (),
              observe: Callable | None = None) -> tuple[jax.Array, ...]:
     """Undiscounted returns [E] or [E, N] and lengths [E] of exactly one full episode in each of `env`'s E copies; and
-    where the environment reports success, whether the episode had it [E].
+    where the environment reports something of an episode, {name: [E] or [E, N]}: whether it had `success`, and means
+    over its steps.
 
     `act(carry, obs, key) -> (carry, action)`; `carry` is what the policy remembers at the start of an episode;
     `observe(carry, transition) -> carry` lets it learn within the episode. The episodes are fixed by `key`. To take the
@@ -27,19 +29,20 @@ def evaluate(act: Callable, env: Any, key: jax.Array, carry: Any = (),
         return any_of(state[-1])
 
     def step(state):
-        t, env_state, obs, carry, (total, length, *success), alive = state
+        t, env_state, obs, carry, (total, length, *told), alive = state
         act_key, env_key = jax.random.split(jax.random.fold_in(key, t))
         carry, action = act(carry, obs, act_key)
         env_state, ts = env.step(env_key, env_state, action)
         if observe is not None:
             carry = observe(carry, Transition.of(obs, action, ts))
-        total = total + jnp.where(alive.reshape(-1, *(1 for _ in agents)), ts.reward, 0.0)
-        success = tuple(had | alive & ts.info["episode"]["success"] for had in success)
-        return t + 1, env_state, ts.obs, carry, (total, length + alive, *success), alive & ~ended(ts)
+        total = total + where(alive, ts.reward, 0.0)
+        told = [{name: x + where(alive, ts.info["episode"][name], 0.0) for name, x in seen.items()} for seen in told]
+        return t + 1, env_state, ts.obs, carry, (total, length + alive, *told), alive & ~ended(ts)
 
     played = jnp.zeros((env.num_envs, *agents)), jnp.zeros(env.num_envs, jnp.int32)
-    if getattr(env, "reports_success", False):
-        played += (jnp.zeros(env.num_envs, bool),)
+    told = {"success": jnp.zeros(env.num_envs)} if getattr(env, "reports_success", False) else {}
+    told |= dict.fromkeys(getattr(env, "reports", ()), played[0])
+    played += (told,) if told else ()
     start = (jnp.int32(0), env_state, obs, carry, played, jnp.ones(env.num_envs, bool))
     *_, played, _ = jax.lax.while_loop(unfinished, step, start)
     return played
@@ -68,13 +71,19 @@ def by_team(returns: jax.Array, teams: tuple[int, ...] | None) -> dict[str, jax.
 
 
 def score(returns: jax.Array, length: jax.Array, teams: tuple[int, ...] | None,
-          success: jax.Array | None = None) -> dict[str, jax.Array]:
-    """Scalars of one seed's evaluation: returns [E] or [E, N], lengths [E], success [E] where it is reported."""
+          told: dict[str, jax.Array] | None = None) -> dict[str, jax.Array]:
+    """Scalars of one seed's evaluation: returns [E] or [E, N], lengths [E], and what the environment reports."""
     totals = by_team(returns, teams)
     agents = {f"return_agent{n}": r for n, r in enumerate(returns.mean(axis=0))} if returns.ndim == 2 else {}
     stds = {name.replace("return", "return_std", 1): x.std() for name, x in totals.items()}
-    success = {} if success is None else {"success": success.mean()}
-    return {name: x.mean() for name, x in totals.items()} | stds | {"length": length.mean()} | success | agents
+    told = {name: x.mean() for name, x in by_agent(told or {}).items()}
+    return {name: x.mean() for name, x in totals.items()} | stds | {"length": length.mean()} | told | agents
+
+
+def by_agent(told: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """{name: [E]} of what is [E] or [E, N]: each agent has a column of its own."""
+    alone = {name: x for name, x in told.items() if x.ndim == 1}
+    return alone | {f"{name}_agent{n}": x[:, n] for name, x in told.items() if x.ndim == 2 for n in range(x.shape[1])}
 
 
 def iqm(x: np.ndarray) -> float:

@@ -67,15 +67,15 @@ def evaluate_run(*, run: str, episodes: int = 100, eval_seed: int = 1_000_000, b
     played = cli.episodes_of(algorithm, config, episodes, eval_seed)
 
     def test(arrays, seed):
-        returns, length, *success = played(arrays, seed)
-        return by_team(returns, teams), score(returns, length, teams, *success)
+        returns, length, *told = played(arrays, seed)
+        return by_team(returns, teams), score(returns, length, teams, *told)
 
     returns, row = jax.device_get(jax.jit(cli.per_seed(test, num_seeds))(arrays, seeds))
     for i, seed in enumerate(seeds):
         words = "   ".join(f"{name} {row[name][i]:10.3f} ± {row[name.replace('return', 'return_std', 1)][i]:.3f}"
                            for name in returns)
-        success = f"   success {row['success'][i]:.2f}" if "success" in row else ""
-        print(f"  seed {seed:3}  {words}   length {row['length'][i]:.1f}{success}")
+        told = "".join(f"   {name} {x[i]:.2f}" for name, x in row.items() if not name.startswith(("return", "length")))
+        print(f"  seed {seed:3}  {words}   length {row['length'][i]:.1f}{told}")
     for name in returns:
         print(f"  {name}: IQM [95% CI] of {num_seeds} seeds {cell(row[name])}")
     if picture:

@@ -30,7 +30,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from core import checkpoint
 from core.errors import UserError
-from core.evaluation import by_team, score, summarize, words
+from core.evaluation import by_agent, by_team, score, summarize, words
 from core.logging import Logger, check_wandb, finals, read_metrics
 from launchers import cli
 from launchers.processes import use_devices
@@ -137,8 +137,8 @@ def programs(algorithm, config, num_seeds, eval_seed, source):
         return jax.lax.fori_loop(start, stop, iteration, (run, totals))
 
     def test(run, seed, data):
-        returns, length, *success = played(run, seed)
-        return score(returns, length, cli.teams_of(config), *success)
+        returns, length, *told = played(run, seed)
+        return score(returns, length, cli.teams_of(config), *told)
 
     def measure(run, seed, data):
         key = jax.random.fold_in(jax.random.key(eval_seed), ~seed)  # none that an evaluation has
@@ -341,8 +341,9 @@ def means_of(sums, iterations, teams):
         return means
     count = np.where(episode["count"] > 0, episode["count"], np.nan)
     returns = {f"train_{name}": total / count for name, total in by_team(episode["return"], teams).items()}
-    success = {"train_success": episode["success"] / count} if "success" in episode else {}
-    return returns | dict(train_length=episode["length"] / count) | success | dict(
+    told = by_agent({f"train_{name}": (x.T / count).T for name, x in episode.items()
+                     if name not in ("count", "return", "length")})
+    return returns | dict(train_length=episode["length"] / count) | told | dict(
         train_episodes=episode["count"]) | means
 
 

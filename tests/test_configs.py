@@ -99,7 +99,7 @@ def test_a_config_fits_its_algorithm_and_its_environment(name, tmp_path):
     with reuse_checked(config.algorithm):
         run = jax.eval_shape(functools.partial(algorithm.init, source=source, config=config), key)
         after, _ = jax.eval_shape(functools.partial(algorithm.train_step, source=source, config=config), run, key)
-        returns, length = jax.eval_shape(cli.episodes_of(algorithm, config, 2, 0), run, np.int32(0))
+        returns, length, *_ = jax.eval_shape(cli.episodes_of(algorithm, config, 2, 0), run, np.int32(0))
     assert jax.tree.structure(after) == jax.tree.structure(run)
     assert all(a.shape == b.shape and a.dtype == b.dtype
                for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(run), strict=True))

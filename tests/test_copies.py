@@ -45,7 +45,7 @@ PLANTED_ERRORS = {
         f"algorithms/{name}.py", f"source.reset({key})", "source.reset(agent_key)",
         f"test_every_key_of_a_method_serves_once[{name}]")
        for name, key in (("sac", "reset_key"), ("crossq", "reset_key"), ("pqn", "env_key"), ("muzero", "reset_key"),
-                         ("alphazero", "reset_key"))},
+                         ("alphazero", "reset_key"), ("advantage_alignment", "env_key"))},
     **{f"{name}: the environment draws from the key of the search": (
         f"algorithms/{name}.py", "source.step(env_key,", "source.step(search_key,",
         f"test_every_key_of_a_method_serves_once[{name}]") for name in ("muzero", "alphazero")},
@@ -120,6 +120,7 @@ PLANTED_ERRORS = {
         "test_members_and_particles_of_pets_draw_on_their_own"),
 }
 SEEDS, ENVS, AGENTS, ITERATIONS, RECORD = 2, 3, 2, 2, 16
+SEVERAL = ("ippo", "advantage_alignment")  # methods of several agents
 GAMES = dict(  # of methods that no other one fits
     lola="infinite_matrix_game", lola_dice="iterated_matrix_game", good_shepherd="learning_coplayer",
     shaper="tabular_coplayer")
@@ -229,7 +230,7 @@ def trained(name) -> tuple[Any, Any, Any]:
     algorithm, config = importlib.import_module(f"algorithms.{name}"), get_config(name)
     # Among so many actions no two copies choose the same one.
     choices = dict(action_space=Discrete(100_000)) if name in ("pqn", *SEARCHING) else {}
-    source = Batch(Witness(AGENTS if name == "ippo" else 0, **choices), ENVS)
+    source = Batch(Witness(AGENTS if name in SEVERAL else 0, **choices), ENVS)
     if name in GAMES:
         source = make_env(GAMES[name], ENVS)
     if name == "alphazero":
@@ -277,7 +278,7 @@ def test_every_key_of_a_method_serves_once(name):
     """In copies, seeds and steps, for policies and environments, in training, acting and measuring."""
     if name in UNFOLLOWED:
         pytest.skip("word for word its parent, by test_stochastic_muzero")
-    assert_once(trained(name)[2], lifted=name == "ippo")
+    assert_once(trained(name)[2], lifted=name in SEVERAL)
 
 
 @pytest.mark.parametrize("name", ENVIRONMENTS)

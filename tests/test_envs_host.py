@@ -110,8 +110,9 @@ PLANTED_ERRORS = {
     "one word for success": (FILE, 'info.get("success", info.get("is_success", False))', 'info.get("success", False)',
                              SUCCESS),
     "everything reports success": (FILE, 'return "success" in info or "is_success" in info', "return True", SUCCESS),
-    "success of the next episode": (EVALUATION, "had | alive & ts.info", "had | ts.info", FIRST),
-    "success of the last copy alone": (EVALUATION, "had | alive & ts.info", "alive & ts.info", FIRST),
+    "success of the next episode": (EVALUATION, 'where(alive, ts.info["episode"][name], 0.0)',
+                                    'ts.info["episode"][name]', FIRST),
+    "success of the last copy alone": (EVALUATION, "x + where(alive, ts", "where(alive, ts", FIRST),
     "goals of Meta-World by chance": (FILE, 'if env.spec.namespace == "Meta-World":', "if False:", DRAWN),
     "packages are loud": (FILE, 'name.split("/")[0] in PACKAGES or spec', "spec", DRAWN),
     "no time limit of dm_control": (FILE, "int(theirs) if np.isfinite(theirs) else None", "None", LIMIT),
@@ -467,7 +468,7 @@ def test_an_episode_succeeds_once(reach, word):
         np.testing.assert_array_equal(np.argwhere(episode["success"]), [[7, 1]])
         sums = jax.tree.map(lambda x: np.asarray(x).sum()[None], episode)
         assert means_of(dict(episode=sums), 12, None)["train_success"] == 1 / 6
-        np.testing.assert_array_equal(test(jax.random.key(5))[2], [False, True])
+        np.testing.assert_array_equal(test(jax.random.key(5))[2]["success"], [False, True])
         assert score(*test(jax.random.key(5))[:2], None, test(jax.random.key(5))[2])["success"] == 0.5
     else:
         assert len(test(jax.random.key(5))) == 2 and "success" not in score(*test(jax.random.key(5)), None)
@@ -478,10 +479,10 @@ def test_success_of_the_episode_that_is_played_counts_alone(monkeypatch):
     gymnasium.register("Early-v0", Early, max_episode_steps=9)
     env = make_env("gymnasium/Early-v0", 3)
     test = jax.jit(lambda key: evaluate(lambda carry, obs, key: (carry, jnp.int32([0, 1, 2])), env, key))
-    returns, length, success = test(jax.random.key(5))
+    returns, length, told = test(jax.random.key(5))
     del gymnasium.registry["Early-v0"]
     np.testing.assert_array_equal(length, [9, 2, 2])
-    np.testing.assert_array_equal(success, [True, False, True])
+    np.testing.assert_array_equal(told["success"], [True, False, True])
 
 
 class Early(gymnasium.Env):

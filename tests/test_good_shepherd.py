@@ -192,10 +192,11 @@ def test_a_trial_is_one_episode():
 def test_a_trial_earns_what_evaluation_says():
     """Against co-players that start alike."""
     source, policy = make_env("learning_coplayer", 2, init_std=1e-6, max_steps=9), jnp.float32([1, 2, -1, 0.5, -2])
-    returns, length = jax.jit(lambda key: evaluate(
+    returns, length, told = jax.jit(lambda key: evaluate(
         lambda carry, obs, key: (carry, jnp.broadcast_to(policy, (2, 5))), source, key))(jax.random.key(1))
-    reward, _, lives = jax.jit(lambda key: good_shepherd.trials(policy, key, source))(jax.random.key(0))
+    reward, coplayer_reward, lives = jax.jit(lambda key: good_shepherd.trials(policy, key, source))(jax.random.key(0))
     np.testing.assert_allclose(reward.sum(axis=0), returns, rtol=1e-4)
+    np.testing.assert_allclose(coplayer_reward.mean(axis=0), told["coplayer_reward"], rtol=1e-4)
     np.testing.assert_array_equal(lives.sum(axis=0), length)
 
 

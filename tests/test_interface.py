@@ -5,13 +5,16 @@ import numpy as np
 import pytest
 
 from core.envs import Batch, Box, Discrete, TimeStep, Transition, ended, make_env
-from core.evaluation import evaluate
+from core.evaluation import evaluate, score
+from launchers.train import means_of
 
 BATCH, COUNTS = "core/envs/batch.py", "test_a_batch_counts_each_episode_and_starts_it_anew"
-INTERFACE = "core/envs/interface.py"
+INTERFACE, EVALUATION = "core/envs/interface.py", "core/evaluation.py"
+REPORTS = "test_what_an_environment_reports_is_a_mean_over_each_episode"
 PLANTED_ERRORS = {
-    "lengths go on": (BATCH, "where(done, 0, length), success)", "length, success)", COUNTS),
-    "lengths start with the end": (BATCH, "where(done, 0, length), success)", "where(done, length, 0), success)",
+    "lengths go on": (BATCH, "where(done, 0, length), success, sums)", "length, success, sums)", COUNTS),
+    "lengths start with the end": (BATCH, "where(done, 0, length), success, sums)",
+                                   "where(done, length, 0), success, sums)",
                                    COUNTS),
     "returns go on": (BATCH, "where(done, 0.0, total),", "total,", COUNTS),
     "the running return is told": (BATCH, '"return": where(done, total, 0.0)', '"return": total', COUNTS),
@@ -23,6 +26,17 @@ PLANTED_ERRORS = {
                                "test_a_batch_counts_the_success_of_an_episode"),
     "success of the last step": (BATCH, 'env_state.episode_success | step.info["success"]', 'step.info["success"]',
                                  "test_a_batch_counts_the_success_of_an_episode"),
+    "sums go on": (BATCH, "where(done, 0.0, x) for name, x in sums", "x for name, x in sums", REPORTS),
+    "sums before the end": (BATCH, "where(done, jax.vmap(jnp.divide)(x, length), 0.0)",
+                            "jax.vmap(jnp.divide)(x, length)", REPORTS),
+    "what is reported is added": (BATCH, "jax.vmap(jnp.divide)(x, length)", "x", REPORTS),
+    "the last step alone is reported": (BATCH, "env_state.episode_sums[name] + step.info[name]", "step.info[name]",
+                                        REPORTS),
+    "the second episode is reported, too": (EVALUATION, 'where(alive, ts.info["episode"][name], 0.0)',
+                                            'ts.info["episode"][name]', REPORTS),
+    "agents are reported as one": (EVALUATION, "x[:, n] for name", "x.mean(axis=1) for name", REPORTS),
+    "agents are reported in the other order": (EVALUATION, "x[:, n] for name", "x[:, -1 - n] for name", REPORTS),
+    "training reports sums": ("launchers/train.py", "(x.T / count).T", "x", REPORTS),
     "an open box has the scale of its bound": (INTERFACE, "np.isfinite(low) & np.isfinite(high)", "np.isfinite(low)",
                                                "test_bounds_and_scales"),
     "from the low bound": (INTERFACE, "return centre + half * jnp.clip", "return centre - half * jnp.clip",
@@ -104,8 +118,8 @@ def test_a_batch_counts_the_success_of_an_episode():
     np.testing.assert_array_equal([obs["place"][0] for obs in seen], [0, 1, 2, 0, 1, 2, 0])
     np.testing.assert_array_equal([obs["image"][2, 1, 1] for obs in seen], [0, 1, 2, 0, 1, 2, 0])
     assert (step.next_obs["image"] == 3).all() and step.next_obs["image"].dtype == jnp.uint8
-    returns, length, success = evaluate(lambda carry, obs, key: (carry, jnp.array([1, 3, 0])), batch, jax.random.key(1))
-    np.testing.assert_array_equal(success, [True, True, False])
+    returns, length, told = evaluate(lambda carry, obs, key: (carry, jnp.array([1, 3, 0])), batch, jax.random.key(1))
+    np.testing.assert_array_equal(told["success"], [True, True, False])
 
 
 class Steps:
@@ -138,6 +152,44 @@ def test_a_batch_counts_each_episode_and_starts_it_anew():
     np.testing.assert_array_equal(np.array(seen)[..., 0].T, [[0, 1, 0, 1, 0, 1, 0], [0, 1, 2, 0, 1, 2, 0]])
     np.testing.assert_array_equal(step.next_obs[:, 0], [2, 3])
     np.testing.assert_array_equal([step.terminated, step.truncated], [[True, False], [False, True]])
+
+
+class Counts(Steps):
+    """It reports its step and ten times that, shaped like the reward: of each of two agents, or of one."""
+
+    def __init__(self, agents):
+        self.reports = "late", "later"
+        if agents:
+            self.num_agents, self.teams = 2, (0, 1)
+
+    def step(self, key, t, action):
+        t, step = super().step(key, t, action if action.ndim == 0 else action[0])
+        scale = 1.0 if action.ndim == 0 else jnp.array([1.0, -2.0])
+        return t, step._replace(reward=scale * t, info=dict(late=scale * t, later=10 * scale * t))
+
+
+@pytest.mark.parametrize("agents", [0, 2])
+def test_what_an_environment_reports_is_a_mean_over_each_episode(agents):
+    """Copy 0 ends after two steps, copy 1 after three: means 1.5 and 2."""
+    batch, action = Batch(Counts(agents), 2), jnp.array([[1, 1], [0, 0]]) if agents else jnp.array([1, 0])
+    scale = np.array([1.0, -2.0]) if agents else np.array(1.0)
+    keys, told = jax.random.split(jax.random.key(0), 7), []
+    state, _ = batch.reset(keys[6])
+    for key in keys[:6]:
+        state, step = batch.step(key, state, action)
+        told.append(step.info["episode"])
+    due = np.multiply.outer([[0, 0], [1.5, 0], [0, 2], [1.5, 0], [0, 0], [1.5, 2]], scale)
+    np.testing.assert_allclose([x["late"] for x in told], due)
+    np.testing.assert_allclose([x["later"] for x in told], 10 * due)
+    returns, length, seen = evaluate(lambda carry, obs, key: (carry, action), batch, jax.random.key(1))
+    np.testing.assert_allclose(seen["late"], np.multiply.outer([1.5, 2], scale))
+    row = score(returns, length, (0, 1) if agents else None, seen)
+    sums = {name: np.sum([x[name] for x in told], axis=(0, 1))[None] for name in told[0]}
+    means = means_of(dict(episode=sums), 6, (0, 1) if agents else None)
+    for i, factor in enumerate(np.atleast_1d(scale)):
+        column = f"later_agent{i}" if agents else "later"
+        assert row[column] == pytest.approx(10 * factor * 1.75) and column.replace("later", "late") in row
+        assert means[f"train_{column}"] == pytest.approx(10 * factor * (3 * 1.5 + 2 * 2) / 5)
 
 
 @pytest.mark.parametrize("limit, last, flags", [(500, 12, (True, False)), (4, 4, (False, True))])

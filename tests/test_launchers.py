@@ -79,7 +79,7 @@ PLANTED_ERRORS = {  # and the test that has to notice
                                         "test_a_checkpoint_is_a_copy"),
     "quartiles without fractions": (EVALUATION, "np.arange(1, n + 1) - 0.25 * n, 0.75 * n - np.arange(n)",
                                     "np.arange(1, n + 1) - n // 4, n - n // 4 - np.arange(n)", SCORES),
-    "lengths go on after the end": (EVALUATION, "(total, length + alive, *success)", "(total, length + 1, *success)",
+    "lengths go on after the end": (EVALUATION, "(total, length + alive, *told)", "(total, length + 1, *told)",
                                     "test_an_evaluation_is_of_one_episode_each"),
     "an interval of one seed": (EVALUATION, "if len(per_seed) > 1 else None", "if True else None", SCORES),
     "all arrays are read to act": (RUNS, "flags = [id(variable) in used", "flags = [True",

@@ -165,7 +165,7 @@ def test_each_trial_has_a_co_player_of_its_own():
 
 def test_more_games_than_a_byte_counts():
     env = make_env("learning_coplayer", 2, max_steps=300)
-    _, length = jax.jit(lambda key: evaluate(
+    _, length, _ = jax.jit(lambda key: evaluate(
         lambda carry, obs, key: (carry, jnp.zeros((2, 5))), env, key))(jax.random.key(0))
     np.testing.assert_array_equal(length, 300)
 

@@ -74,6 +74,7 @@ PLANTED_ERRORS = {  # and the test that has to notice
     "one round more": (ITERATED, "t >= self.max_steps", "t > self.max_steps", ROUNDS),
     "rounds counted in a byte": (ITERATED, "State(jnp.int32(0), jnp.int32(0))", "State(jnp.int32(0), jnp.int8(0))",
                                  "test_more_rounds_than_a_byte_counts"),
+    "who defects cooperates": (ITERATED, "1.0 - action", "1.0 * action", "test_more_rounds_than_a_byte_counts"),
     "tit-for-tat begins with a defection": (FIXED, "tit_for_tat=(1.0, 1.0, 0.0", "tit_for_tat=(0.0, 1.0, 0.0", RULES),
     "tit-for-tat copies itself": (FIXED, "tit_for_tat=(1.0, 1.0, 0.0, 1.0, 0.0)",
                                   "tit_for_tat=(1.0, 1.0, 1.0, 0.0, 0.0)", RULES),
@@ -94,8 +95,8 @@ PLANTED_ERRORS = {  # and the test that has to notice
                            "iterated_matrix_game.Env(max_steps=self.max_steps)", RULES),
     "a time limit of its own": (FIXED, "iterated_matrix_game.Env(self.payoff, self.max_steps)",
                                 "iterated_matrix_game.Env(self.payoff)", RULES),
-    "opponents' returns are added": (ITERATED, "num_agents, teams, action_space = 2, (0, 1)",
-                                     "num_agents, teams, action_space = 2, (0, 0)", PLAYED),
+    "opponents' returns are added": (ITERATED, "action_space, reports = 2, (0, 1)", "action_space, reports = 2, (0, 0)",
+                                     PLAYED),
 }
 
 DILEMMA = ((-1, -1), (-3, 0), (0, -3), (-2, -2))
@@ -237,9 +238,10 @@ def test_rounds_by_hand():
 
 def test_more_rounds_than_a_byte_counts():
     env = Batch(iterated_matrix_game.Env(max_steps=300), 2)
-    returns, length = jax.jit(lambda key: evaluate(
+    returns, length, told = jax.jit(lambda key: evaluate(
         lambda carry, obs, key: (carry, jnp.array([[0, 0], [1, 0]])), env, key))(jax.random.key(0))
     np.testing.assert_array_equal(length, 300)
+    np.testing.assert_array_equal(told["cooperates"], [[1, 1], [0, 1]])
     np.testing.assert_array_equal(returns, [[-300, -300], [0, -900]])
 
 
@@ -249,7 +251,7 @@ def play(policies, env, episodes, key):
         chance = (obs * jnp.float32(policies)[None]).sum(axis=-1)
         return carry, 1 - jax.random.bernoulli(key, chance).astype(jnp.int32)
 
-    return jax.jit(lambda key: evaluate(act, Batch(env, episodes), key))(key)
+    return jax.jit(lambda key: evaluate(act, Batch(env, episodes), key)[:2])(key)
 
 
 @pytest.mark.parametrize("first, second", [(TFT, TFT), (TFT, D), (GRIM, CONTRARY), (C, D), (CONTRARY, TFT), (GRIM, D)])

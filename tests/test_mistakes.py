@@ -24,67 +24,69 @@ from launchers import cli, processes
 from launchers.train import train
 
 ROOT = pathlib.Path(__file__).parents[1]
-PPO, PETS, EKF = (f"--config=algorithms/{name}.py" for name in ("ppo", "pets", "ekf_lqr"))
-SAC, CROSSQ, PQN, MUZERO, CHANCE, ZERO = (f"--config=algorithms/{name}.py" for name in (
-    "sac", "crossq", "pqn", "muzero", "stochastic_muzero", "alphazero"))
-LOLA, DICE, SHEPHERD, SHAPER, MEMORY, IQL, BC, REBRAC, FQL = (f"--config=algorithms/{name}.py" for name in (
-    "lola", "lola_dice", "good_shepherd", "shaper", "ppo_memory", "iql", "bc", "rebrac", "fql"))
-POLE, TRACKING, OFFLINE = "--config=configs/icem_online_longer_pole.py", "--config=algorithms/ippo.py", (
-    "--config=algorithms/dynamics.py")
+FILES = dict(
+    PPO="algorithms/ppo.py", PETS="algorithms/pets.py", EKF="algorithms/ekf_lqr.py", SAC="algorithms/sac.py",
+    CROSSQ="algorithms/crossq.py", PQN="algorithms/pqn.py", MUZERO="algorithms/muzero.py",
+    CHANCE="algorithms/stochastic_muzero.py", ZERO="algorithms/alphazero.py",
+    LOLA="algorithms/lola.py", DICE="algorithms/lola_dice.py", SHEPHERD="algorithms/good_shepherd.py",
+    SHAPER="algorithms/shaper.py", ALIGN="algorithms/advantage_alignment.py", MEMORY="algorithms/ppo_memory.py",
+    IQL="algorithms/iql.py", BC="algorithms/bc.py", REBRAC="algorithms/rebrac.py", FQL="algorithms/fql.py",
+    POLE="configs/icem_online_longer_pole.py", TRACKING="algorithms/ippo.py", OFFLINE="algorithms/dynamics.py")
 
-NUMBERS = {  # of every config, and what it may not be
-    PPO: dict(lr=(0, -1, "nan", "inf"), discount=(-0.1, 2, "nan"), gae_lambda=(-1, 1.5), clip=(0, -1), num_envs=(0, -4),
+NUMBERS = dict(  # of every config, and what it may not be
+    PPO=dict(lr=(0, -1, "nan", "inf"), discount=(-0.1, 2, "nan"), gae_lambda=(-1, 1.5), clip=(0, -1), num_envs=(0, -4),
               num_steps=(0, -1), env_steps=(0, -5, 10), eval_every=(0, -1), eval_episodes=(0, -3), num_epochs=(0,),
               num_minibatches=(0, 7), max_grad_norm=(0, -1), value_coef=(-1,), entropy_coef=(-0.1, "inf"),
               init_std=(0, -1), adam_eps=(0, -1e-5), hidden_dims=("(64,-3)", "(0,)", "(2.5,)", "(True,)")),
-    TRACKING: dict(lr=(0,), discount=(1.1,), num_minibatches=(5,), init_std=(0,), num_epochs=(-1,)),
-    PETS: dict(horizon=(0, -1), num_particles=(4, 0), num_members=(0,), random_steps=(-1,), batch_size=(0,),
+    TRACKING=dict(lr=(0,), discount=(1.1,), num_minibatches=(5,), init_std=(0,), num_epochs=(-1,)),
+    PETS=dict(horizon=(0, -1), num_particles=(4, 0), num_members=(0,), random_steps=(-1,), batch_size=(0,),
                weight_decay=(-1,), kept_elites=(-1, 41), far=(0,), num_updates=(0,), min_std=(0,), search=("mppi",),
                propagation=("ts2",), log_every=(0,), **{
                    "planner.num_elites": (0, 100), "planner.num_samples": (0, 9), "planner.num_iterations": (0,),
                    "planner.init_std": (0,), "planner.momentum": (-0.1, 1.1), "planner.decay": (0,),
                    "planner.noise_beta": (-1,)}),
-    EKF: dict(horizon=(0,), info_weight=(-1, "nan"), prior_var=(0, -1), obs_var=(0,), num_linearizations=(0,),
+    EKF=dict(horizon=(0,), info_weight=(-1, "nan"), prior_var=(0, -1), obs_var=(0,), num_linearizations=(0,),
               drift_var=(-1,), drift_decay=(2,), drift_floor=(-1,), explore=("joynt",), actions=("none",),
               about=("weather",), **{"env_kwargs.process_noise": (-1, "nan", "much"), "env_kwargs.max_steps": (0, 2.5),
                                      "env_kwargs.spread": (0.5,), "env_kwargs.jump_step": (-1, 10**6),
                                      "env_kwargs.reveal": (3,), "env_kwargs.jump_by": ("(('mass',1.0),)", 5)}),
-    POLE: dict(belief=("half",), adapt=("none",), lora_rank=(0,), forgetting=(0, -1), noise_rate=(-1, 2), hidden_dims=(
+    POLE=dict(belief=("half",), adapt=("none",), lora_rank=(0,), forgetting=(0, -1), noise_rate=(-1, 2), hidden_dims=(
         "(-1,)",), prior_var=("nan",)),
-    SAC: dict(batch_size=(0,), buffer_size=(0,), updates_per_step=(0,), tau=(-0.1, 1.1), lr=(0,), discount=(1.01,),
+    SAC=dict(batch_size=(0,), buffer_size=(0,), updates_per_step=(0,), tau=(-0.1, 1.1), lr=(0,), discount=(1.01,),
               init_temperature=(0, -1), log_std_bounds=("(2,-10)",), random_steps=(-1,), hidden_dims=("(0,)",),
               target_entropy=("nan", "high")),
-    IQL: dict(updates=(0, -5), updates_per_step=(0, -1), eval_every=(0,), eval_episodes=(0,), batch_size=(0,), lr=(0,),
+    IQL=dict(updates=(0, -5), updates_per_step=(0, -1), eval_every=(0,), eval_episodes=(0,), batch_size=(0,), lr=(0,),
               discount=(1.01,), tau=(-0.1, 1.1), expectile=(-0.1, 1.1, "nan"), inverse_temperature=(0, -3),
               max_weight=(0, "inf"), return_range=(0, -1), log_std_bounds=("(2,-5)",), hidden_dims=("(0,)",)),
-    BC: dict(updates=(0,), updates_per_step=(0,), batch_size=(-1,), lr=(0, "nan"), log_std_bounds=("(1,)",)),
-    REBRAC: dict(batch_size=(0,), lr=(0,), discount=(1.01,), tau=(-0.1,), actor_penalty=(-1, "nan"),
+    BC=dict(updates=(0,), updates_per_step=(0,), batch_size=(-1,), lr=(0, "nan"), log_std_bounds=("(1,)",)),
+    REBRAC=dict(batch_size=(0,), lr=(0,), discount=(1.01,), tau=(-0.1,), actor_penalty=(-1, "nan"),
                  critic_penalty=(-1,), smoothing_std=(-0.1,), smoothing_clip=(-0.5,), policy_delay=(0,)),
-    FQL: dict(batch_size=(0,), lr=(-1,), discount=(1.01,), tau=(1.1,), flow_steps=(0, -1, 2.5), distill_weight=(-1,)),
-    CROSSQ: dict(policy_delay=(0,), adam_b1=(1.2,), norm_momentum=(-0.1,), renorm_after=(-1,), r_max=(0,), d_max=(0,),
+    FQL=dict(batch_size=(0,), lr=(-1,), discount=(1.01,), tau=(1.1,), flow_steps=(0, -1, 2.5), distill_weight=(-1,)),
+    CROSSQ=dict(policy_delay=(0,), adam_b1=(1.2,), norm_momentum=(-0.1,), renorm_after=(-1,), r_max=(0,), d_max=(0,),
                  critic_dims=("(2.5,)",)),
-    PQN: dict(init_epsilon=(1.1,), final_epsilon=(-0.1,), epsilon_steps=(-1,), trace=(1.5,), channels=(-1,),
+    PQN=dict(init_epsilon=(1.1,), final_epsilon=(-0.1,), epsilon_steps=(-1,), trace=(1.5,), channels=(-1,),
               reward_scale=(0,), num_minibatches=(7,)),
-    MUZERO: dict(num_simulations=(0,), max_considered=(0,), num_updates=(0,), search=("alpha",), num_bins=(0,),
+    MUZERO=dict(num_simulations=(0,), max_considered=(0,), num_updates=(0,), search=("alpha",), num_bins=(0,),
                  value_bound=(0, -1), unroll=(0,), n_step=(0,), priority_exponent=(-0.1, 2), reanalyse=(-1, 1.1),
                  epsilon=(-0.1, 1.1), weight_decay=(0,), latent_dim=(0,), channels=(-1,), random_steps=(0, 64),
                  buffer_size=(0, 32), discount=(1.5,)),
-    CHANCE: dict(num_codes=(0,), commitment=(0, -1), num_simulations=(0,), **{"env_kwargs.side": (1, 5, 2.5)}),
-    ZERO: dict(num_simulations=(0,), max_considered=(0,), epsilon=(-0.1, 1.1), random_steps=(64,), buffer_size=(64,),
+    CHANCE=dict(num_codes=(0,), commitment=(0, -1), num_simulations=(0,), **{"env_kwargs.side": (1, 5, 2.5)}),
+    ZERO=dict(num_simulations=(0,), max_considered=(0,), epsilon=(-0.1, 1.1), random_steps=(64,), buffer_size=(64,),
                hidden_dims=("(0,)",), **{"env_kwargs.opponent": ("me",)}),
-    LOLA: dict(form=("exact",), lr=(0, -1, "nan"), opponent_lr=(0, -1, "inf"), init_std=(0,), updates=(0, -1),
+    LOLA=dict(form=("exact",), lr=(0, -1, "nan"), opponent_lr=(0, -1, "inf"), init_std=(0,), updates=(0, -1),
                eval_every=(0,), **{"env_kwargs.discount": (0, 1, -0.1, "nan"), "env_kwargs.payoff": (
                    "((-1,-1),(-3,0),(0,-3))", "((-1,-1),(-3,0),(0,-3),(-2,1e999))", "((-1,-1),(-3,0),(0,-3),(-2,'D'))",
                    "(-1,-3,0,-2)", "((-1,-1),(-3,0),(0,-3),(-2,None))", "nan", -1)}),
-    DICE: dict(lookahead=(-1, 1.5), lr=(0,), opponent_lr=(0, "nan"), init_std=(0,), discount=(1.1,), updates=(0,)),
-    MEMORY: dict(memory_dim=(0, -1), num_minibatches=(0, 3)),
-    SHEPHERD: dict(population=(0, 7, -2), noise_std=(0, -1, "nan"), lr=(0, -1), updates=(0,), num_envs=(0,), **{
+    DICE=dict(lookahead=(-1, 1.5), lr=(0,), opponent_lr=(0, "nan"), init_std=(0,), discount=(1.1,), updates=(0,)),
+    ALIGN=dict(alignment=(-1, "nan"), discount=(1.5,), **{"env_kwargs.max_steps": (0,)}),
+    MEMORY=dict(memory_dim=(0, -1), num_minibatches=(0, 3)),
+    SHEPHERD=dict(population=(0, 7, -2), noise_std=(0, -1, "nan"), lr=(0, -1), updates=(0,), num_envs=(0,), **{
         "env_kwargs.discount": (1,), "env_kwargs.learning_rate": (0, -1, "inf"), "env_kwargs.init_std": (0,),
         "env_kwargs.max_steps": (0, 2.5)}),
-    SHAPER: dict(population=(0, 7), noise_std=(0,), lr=(-1,), memory_dim=(0, 2.5), **{
+    SHAPER=dict(population=(0, 7), noise_std=(0,), lr=(-1,), memory_dim=(0, 2.5), **{
         "env_kwargs.rounds": (0, -3, 1.5), "env_kwargs.games": (0,), "env_kwargs.learning_rate": (0, "nan"),
         "env_kwargs.payoff": ("((-1,-1),(-3,0),(0,-3))",)}),
-}
+)
 CULPRITS = {"env_steps=10": "no iteration"}
 TYPED = """
 train $PPO --config.learning_rte=1                                          | learning_rte
@@ -162,6 +164,8 @@ train $PPO --config.env=iterated_matrix_game                                | se
 train $PPO --config.env=fixed_coplayer --config.env_kwargs.coplayer=me      | coplayer
 train $PPO --config.env=fixed_coplayer "--config.env_kwargs.payoff=((0,),)" | payoff
 train $TRACKING --config.env=iterated_matrix_game --config.env_kwargs.max_steps=0 | max_steps
+train $ALIGN --config.env=fixed_coplayer                                    | one agent
+train $TRACKING --config.env=coin_game "--config.env_kwargs.payoff=((1,1),(1,1))" | payoff
 train $ZERO --config.env_kwargs.reveal=False                                | reveal
 train $ZERO --config.eval_env_kwargs.oponent=random                         | oponent
 train $POLE --config.env=gymnax/CartPole-v1                                 | "jump_by"
@@ -379,18 +383,16 @@ PLANTED_ERRORS = {
 
 
 def rows():
-    for config, keys in NUMBERS.items():
+    for name, keys in NUMBERS.items():
         for key, values in keys.items():
             for value in values:
                 typed = f"{key}={value}"
-                yield "train", [config, f"--config.{typed}"], CULPRITS.get(typed, key.rpartition(".")[2])
-    names = dict(PPO=PPO, PETS=PETS, EKF=EKF, SAC=SAC, CROSSQ=CROSSQ, PQN=PQN, MUZERO=MUZERO, CHANCE=CHANCE, ZERO=ZERO,
-                 LOLA=LOLA, DICE=DICE, SHEPHERD=SHEPHERD, SHAPER=SHAPER, MEMORY=MEMORY, IQL=IQL, BC=BC, REBRAC=REBRAC,
-                 FQL=FQL, POLE=POLE, TRACKING=TRACKING, OFFLINE=OFFLINE)
+                culprit = CULPRITS.get(typed, key.rpartition(".")[2])
+                yield "train", [f"--config={FILES[name]}", f"--config.{typed}"], culprit
     for line in TYPED.strip().splitlines():
         words, culprit = line.split(" | ")
-        for name, value in names.items():
-            words = words.replace(f"${name}", value)
+        for name, file in FILES.items():
+            words = words.replace(f"${name}", f"--config={file}")
         launcher, *args = shlex.split(words)
         yield launcher, args, culprit.strip()
 

@@ -13,6 +13,7 @@ class BatchState(NamedTuple):
     episode_return: jax.Array  # (E,) or (E, N), of the running episode
     episode_length: jax.Array  # (E,)
     episode_success: Any  # (E,) whether a step of it had success; () where the environment does not say
+    episode_sums: dict  # {name: (E,) or (E, N)} of what the environment reports, over the running episode
 
 
 class Batch:
@@ -23,14 +24,15 @@ class Batch:
 
     `info["episode"]` holds the count, return and length of the episodes that ended with this step and zeros elsewhere,
     so a sum over any stretch of steps counts every episode exactly once. Where the environment says which steps have
-    `success`, it also holds whether one step of the episode had.
+    `success`, it also holds whether one step of the episode had. Of each name that it `reports` it holds the mean over
+    the steps of the episode.
     """
 
     def __init__(self, env, num_envs: int):
         self.env, self.num_envs = env, num_envs
         self.max_steps, self.action_space = env.max_steps, env.action_space
         self.num_agents = getattr(env, "num_agents", None)
-        self.reports_success = getattr(env, "reports_success", False)
+        self.reports_success, self.reports = getattr(env, "reports_success", False), getattr(env, "reports", ())
 
         def fresh(key):
             return jax.vmap(env.reset)(jax.random.split(key, num_envs))
@@ -61,7 +63,8 @@ class Batch:
         agents = () if self.num_agents is None else (self.num_agents,)
         success = jnp.zeros(self.num_envs, bool) if self.reports_success else ()
         zeros = jnp.zeros((self.num_envs, *agents)), jnp.zeros(self.num_envs, jnp.int32)
-        return BatchState(state, *zeros, success), obs
+        sums = {name: jnp.zeros_like(zeros[0]) for name in self.reports}
+        return BatchState(state, *zeros, success, sums), obs
 
     def step(self, key: jax.Array, env_state: BatchState, action: jax.Array) -> tuple[BatchState, TimeStep]:
         step_key, reset_key = jax.random.split(key)
@@ -74,7 +77,10 @@ class Batch:
         if self.reports_success:
             success = env_state.episode_success | step.info["success"]
             episode["success"], success = success & done, success & ~done
-        env_state = BatchState(state, where(done, 0.0, total), where(done, 0, length), success)
+        sums = {name: env_state.episode_sums[name] + step.info[name] for name in self.reports}
+        episode |= {name: where(done, jax.vmap(jnp.divide)(x, length), 0.0) for name, x in sums.items()}
+        sums = {name: where(done, 0.0, x) for name, x in sums.items()}
+        env_state = BatchState(state, where(done, 0.0, total), where(done, 0, length), success, sums)
         return env_state, step._replace(obs=obs, info=step.info | {"episode": episode})
 
 

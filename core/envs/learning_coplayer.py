@@ -39,7 +39,7 @@ class Env:
     init_std: float = 1.0
     max_steps: int = 100
 
-    action_space, reports_coplayer = Box((-np.inf,) * 5, (np.inf,) * 5), True
+    action_space, reports_coplayer, reports = Box((-np.inf,) * 5, (np.inf,) * 5), True, ("coplayer_reward",)
 
     def __post_init__(self):
         _ = self.game  # which checks discount
