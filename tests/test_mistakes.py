@@ -27,8 +27,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 PPO, PETS, EKF = (f"--config=algorithms/{name}.py" for name in ("ppo", "pets", "ekf_lqr"))
 SAC, CROSSQ, PQN, MUZERO, CHANCE, ZERO = (f"--config=algorithms/{name}.py" for name in (
     "sac", "crossq", "pqn", "muzero", "stochastic_muzero", "alphazero"))
-LOLA, SHEPHERD, MEMORY, IQL, BC, REBRAC, FQL = (f"--config=algorithms/{name}.py" for name in (
-    "lola", "good_shepherd", "ppo_memory", "iql", "bc", "rebrac", "fql"))
+LOLA, SHEPHERD, MEMORY, IQL, BC, REBRAC, FQL, CQL, CQL_DISCRETE = (f"--config=algorithms/{name}.py" for name in (
+    "lola", "good_shepherd", "ppo_memory", "iql", "bc", "rebrac", "fql", "cql", "cql_discrete"))
 POLE, TRACKING, OFFLINE = "--config=configs/icem_online_longer_pole.py", "--config=algorithms/ippo.py", (
     "--config=algorithms/dynamics.py")
 
@@ -61,6 +61,9 @@ NUMBERS = {  # of every config, and what it may not be
     REBRAC: dict(batch_size=(0,), lr=(0,), discount=(1.01,), tau=(-0.1,), actor_penalty=(-1, "nan"),
                  critic_penalty=(-1,), smoothing_std=(-0.1,), smoothing_clip=(-0.5,), policy_delay=(0,)),
     FQL: dict(batch_size=(0,), lr=(-1,), discount=(1.01,), tau=(1.1,), flow_steps=(0, -1, 2.5), distill_weight=(-1,)),
+    CQL: dict(batch_size=(0,), lr=(0,), actor_lr=(0, -1), discount=(1.01,), tau=(1.1,), cql_alpha=(-1, "nan"),
+              num_actions=(0, 2.5), init_temperature=(0,), target_entropy=("nan",), log_std_bounds=("(2,-5)",)),
+    CQL_DISCRETE: dict(batch_size=(0,), lr=(0,), discount=(1.01,), tau=(-0.1,), cql_alpha=(-0.1,)),
     CROSSQ: dict(policy_delay=(0,), adam_b1=(1.2,), norm_momentum=(-0.1,), renorm_after=(-1,), r_max=(0,), d_max=(0,),
                  critic_dims=("(2.5,)",)),
     PQN: dict(init_epsilon=(1.1,), final_epsilon=(-0.1,), epsilon_steps=(-1,), trace=(1.5,), channels=(-1,),
@@ -186,6 +189,8 @@ train $IQL --config.dataset=$SCRATCH/good.npz                               | ob
 train $IQL --config.env=gymnax/CartPole-v1 --config.dataset=$SCRATCH/poles.npz | discrete actions
 train $REBRAC --config.env=gymnax/CartPole-v1 --config.dataset=$SCRATCH/poles.npz | discrete actions
 train $FQL --config.env=gymnax/CartPole-v1 --config.dataset=$SCRATCH/poles.npz | discrete actions
+train $CQL --config.env=gymnax/CartPole-v1 --config.dataset=$SCRATCH/poles.npz | discrete actions
+collect --config=configs/cql_discrete_cartpole.py --config.collect.random_actions=1.5 | random_actions
 train $BC --config.env=cartpole_swingup --config.dataset=$SCRATCH/five.npz  | action (2,)
 train $BC --config.env=gymnax/CartPole-v1 --config.dataset=$SCRATCH/good.npz | action (1,)
 train $BC --config.env=gymnax/CartPole-v1 --config.dataset=$SCRATCH/three.npz | one of the 2
@@ -366,8 +371,8 @@ def rows():
                 typed = f"{key}={value}"
                 yield "train", [config, f"--config.{typed}"], CULPRITS.get(typed, key.rpartition(".")[2])
     names = dict(PPO=PPO, PETS=PETS, EKF=EKF, SAC=SAC, CROSSQ=CROSSQ, PQN=PQN, MUZERO=MUZERO, CHANCE=CHANCE, ZERO=ZERO,
-                 LOLA=LOLA, SHEPHERD=SHEPHERD, MEMORY=MEMORY, IQL=IQL, BC=BC, REBRAC=REBRAC, FQL=FQL, POLE=POLE,
-                 TRACKING=TRACKING, OFFLINE=OFFLINE)
+                 LOLA=LOLA, SHEPHERD=SHEPHERD, MEMORY=MEMORY, IQL=IQL, BC=BC, REBRAC=REBRAC, FQL=FQL, CQL=CQL,
+                 POLE=POLE, TRACKING=TRACKING, OFFLINE=OFFLINE)
     for line in TYPED.strip().splitlines():
         words, culprit = line.split(" | ")
         for name, value in names.items():
