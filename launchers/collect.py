@@ -4,7 +4,8 @@
     python -m launchers.collect --config=configs/x.py --workdir=runs/x --run=runs/ppo_x    # as that run's policy acts
 
 `config.collect` holds the number of `episodes`, the standard deviation `action_noise` of what is added to every action
-(in half widths of the box, which then clips it), and keys that replace those of the config meanwhile. The method acts
+(in half widths of the box, which then clips it) or, where actions are discrete, the share `random_actions` of actions
+that are random instead, uniform over all, and keys that replace those of the config meanwhile. The method acts
 and, where it has `observe`, learns within an episode, as in an evaluation. Where the environment reveals its hidden
 truth, the data do not hold it. An offline method does not collect its data: --run says whose policy does, and
 `collect.num_envs` in how many environments (1 unless it is there).
@@ -27,7 +28,7 @@ import numpy as np
 from core import checkpoint, files
 from core import minari as minari_datasets
 from core.dataset import Dataset, last_steps
-from core.envs import Box, Transition, ended, hidden, make_env, restart
+from core.envs import Box, Discrete, Transition, ended, hidden, make_env, restart
 from core.errors import UserError
 from core.logging import provenance
 from launchers import cli
@@ -50,7 +51,7 @@ def collect(config, *, workdir: str | None = None, run: str | None = None, seed:
     cli.compilation_cache()
     cli.check_seeds(seed=seed)
     folder = cli.stage_folder(config, workdir, "collect")
-    config, episodes, noise = settings(config, smoke)
+    config, episodes, noise, random = settings(config, smoke)
     if minari:
         minari_datasets.require_free(minari)
     if (folder / "summary.json").exists():
@@ -59,10 +60,11 @@ def collect(config, *, workdir: str | None = None, run: str | None = None, seed:
     env, began = cli.train_env(config), time.perf_counter()
     quota = np.array([len(part) for part in np.array_split(np.arange(episodes), env.num_envs)])
     actor = trained_actor(run, config) if run else untrained_actor(config, env, seed)
-    program, state = compile_programs(*actor, env, quota, noise, seed)
+    program, state = compile_programs(*actor, env, quota, noise, random, seed)
     compile_seconds, seconds = time.perf_counter() - began, 0.0
 
-    stored = cli.config_dict(config) | dict(seed=seed, episodes=episodes, action_noise=noise, run=run)
+    stored = cli.config_dict(config) | dict(seed=seed, episodes=episodes, action_noise=noise, random_actions=random,
+                                           run=run)
     with cli.open_folder(folder, stored, resume):
         checkpoints = None if getattr(env, "on_host", False) else folder / "checkpoints"  # no simulator fits into one
         if resume and checkpoints and checkpoint.steps(checkpoints):
@@ -97,10 +99,14 @@ def collect(config, *, workdir: str | None = None, run: str | None = None, seed:
 
 
 def settings(config, smoke):
-    """(the config with the keys of its section `collect` in the place of its own, episodes, action_noise)."""
+    """(the config with the keys of its section `collect` in the place of its own, episodes, action_noise,
+    random_actions)."""
     cli.algorithm_of(config)  # which checks the config
     section = cli.section(config, "collect").to_dict()
     episodes, noise = section.pop("episodes", 0), section.pop("action_noise", 0.0)
+    random = section.pop("random_actions", 0.0)
+    if type(random) not in (int, float) or not 0 <= random <= 1:
+        raise UserError(f"config.collect.random_actions = {random!r}: has to be a number from 0 to 1")
     config = ml_collections.ConfigDict(config.to_dict())
     if "dataset" in config:  # an offline method has no environments of its own
         config.num_envs = section.get("num_envs", 1)
@@ -117,7 +123,7 @@ def settings(config, smoke):
     cli.algorithm_of(config)
     episodes = 2 if smoke else episodes
     config.num_envs = min(config.num_envs, episodes)
-    return ml_collections.FrozenConfigDict(config), episodes, noise
+    return ml_collections.FrozenConfigDict(config), episodes, noise, random
 
 
 def untrained_actor(config, env, seed):
@@ -151,15 +157,21 @@ class Collection(NamedTuple):
     record: dict  # (T, E, ...), rows from t on are empty
 
 
-def compile_programs(algorithm, run, env, quota, noise, seed):
+def compile_programs(algorithm, run, env, quota, noise, random, seed):
     """`program(state, stop)`, compiled, and the state that it starts from."""
     act, observe = cli.policy(algorithm, run)
     fresh, key = cli.start_carry(algorithm, run, env.num_envs), jax.random.key(seed)
     if noise and not isinstance(env.action_space, Box):
         raise UserError(f"config.collect.action_noise = {noise}, but the actions are discrete")
+    if random and not isinstance(env.action_space, Discrete):
+        raise UserError(f"config.collect.random_actions = {random}, but the actions are continuous")
 
     def explore(key, action):
         """The action (E, ...) that is taken, and stored."""
+        if random:
+            whether_key, which_key = jax.random.split(key)
+            other = env.action_space.sample(which_key, action.shape)
+            return jnp.where(jax.random.uniform(whether_key, action.shape) < random, other, action)
         if not noise:
             return action
         half = jnp.broadcast_to(env.action_space.scale[1], action.shape)

@@ -64,7 +64,7 @@ PLANTED_ERRORS = {
     **{f"{name}: all updates draw the same rows": (
         f"algorithms/{name}.py", "jax.random.split(key, config.updates_per_step)",
         "jnp.broadcast_to(key, (config.updates_per_step,))", f"test_every_key_of_a_method_serves_once[{name}]")
-       for name in ("iql", "bc", "fql")},
+       for name in ("iql", "bc", "fql", "cql", "cql_discrete")},
     "good_shepherd: noise and trials draw from one key": (
         "algorithms/good_shepherd.py", "(members, trial_key, source)", "(members, noise_key, source)",
         "test_every_key_of_a_method_serves_once[good_shepherd]"),
@@ -84,6 +84,9 @@ PLANTED_ERRORS = {
     "fql: targets draw the noise of the actor": (
         "algorithms/fql.py", "(self.critic_loss, batch, critic_key)", "(self.critic_loss, batch, actor_key)",
         "test_every_key_of_a_method_serves_once[fql]"),
+    "cql: targets draw the actions of the penalty": (
+        "algorithms/cql.py", "sample_and_log_prob(next_key)", "sample_and_log_prob(partition_key)",
+        "test_every_key_of_a_method_serves_once[cql]"),
     "a policy and its environment share their keys": ("core/evaluation.py", "act(carry, obs, act_key)",
                                                       "act(carry, obs, env_key)",
                                                       "test_every_key_of_an_evaluation_serves_once"),
@@ -238,8 +241,11 @@ def trained(name) -> tuple[Any, Any, Any]:
     if "dataset" in config:
         obs = jax.random.normal(jax.random.key(1), (12, 2))
         ends = jnp.arange(12) % 4 == 3
-        source = Dataset.create(dict(obs=obs, action=obs[:, :1], reward=obs[:, 0], next_obs=obs, terminated=ends,
-                                     truncated=~ends & False), Box((-1.0,), (1.0,)))
+        action, space = obs[:, :1], Box((-1.0,), (1.0,))
+        if name == "cql_discrete":
+            action, space = jnp.int32(ends), Discrete(2)
+        source = Dataset.create(dict(obs=obs, action=action, reward=obs[:, 0], next_obs=obs, terminated=ends,
+                                     truncated=~ends & False), space)
 
     @jax.vmap
     def seed(key):

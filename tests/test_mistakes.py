@@ -31,6 +31,7 @@ FILES = dict(
     LOLA="algorithms/lola.py", DICE="algorithms/lola_dice.py", SHEPHERD="algorithms/good_shepherd.py",
     SHAPER="algorithms/shaper.py", ALIGN="algorithms/advantage_alignment.py", MEMORY="algorithms/ppo_memory.py",
     IQL="algorithms/iql.py", BC="algorithms/bc.py", REBRAC="algorithms/rebrac.py", FQL="algorithms/fql.py",
+    CQL="algorithms/cql.py", DISCRETE="algorithms/cql_discrete.py",
     POLE="configs/icem_online_longer_pole.py", TRACKING="algorithms/ippo.py", OFFLINE="algorithms/dynamics.py")
 
 NUMBERS = dict(  # of every config, and what it may not be
@@ -62,6 +63,9 @@ NUMBERS = dict(  # of every config, and what it may not be
     REBRAC=dict(batch_size=(0,), lr=(0,), discount=(1.01,), tau=(-0.1,), actor_penalty=(-1, "nan"),
                  critic_penalty=(-1,), smoothing_std=(-0.1,), smoothing_clip=(-0.5,), policy_delay=(0,)),
     FQL=dict(batch_size=(0,), lr=(-1,), discount=(1.01,), tau=(1.1,), flow_steps=(0, -1, 2.5), distill_weight=(-1,)),
+    CQL=dict(batch_size=(0,), lr=(0,), actor_lr=(0, -1), discount=(1.01,), tau=(1.1,), cql_alpha=(-1, "nan"),
+             num_actions=(0, 2.5), init_temperature=(0,), target_entropy=("nan",), log_std_bounds=("(2,-5)",)),
+    DISCRETE=dict(batch_size=(0,), lr=(0,), discount=(1.01,), tau=(-0.1,), cql_alpha=(-0.1,)),
     CROSSQ=dict(policy_delay=(0,), adam_b1=(1.2,), norm_momentum=(-0.1,), renorm_after=(-1,), r_max=(0,), d_max=(0,),
                  critic_dims=("(2.5,)",)),
     PQN=dict(init_epsilon=(1.1,), final_epsilon=(-0.1,), epsilon_steps=(-1,), trace=(1.5,), channels=(-1,),
@@ -199,6 +203,8 @@ train $IQL --config.dataset=$SCRATCH/good.npz                               | ob
 train $IQL --config.env=gymnax/CartPole-v1 --config.dataset=$SCRATCH/poles.npz | discrete actions
 train $REBRAC --config.env=gymnax/CartPole-v1 --config.dataset=$SCRATCH/poles.npz | discrete actions
 train $FQL --config.env=gymnax/CartPole-v1 --config.dataset=$SCRATCH/poles.npz | discrete actions
+train $CQL --config.env=gymnax/CartPole-v1 --config.dataset=$SCRATCH/poles.npz | discrete actions
+collect --config=configs/cql_discrete_cartpole.py --config.collect.random_actions=1.5 | random_actions
 train $BC --config.env=cartpole_swingup --config.dataset=$SCRATCH/five.npz  | action (2,)
 train $BC --config.env=gymnax/CartPole-v1 --config.dataset=$SCRATCH/good.npz | action (1,)
 train $BC --config.env=gymnax/CartPole-v1 --config.dataset=$SCRATCH/three.npz | one of the 2

@@ -2,6 +2,7 @@
 
     x' = 0.9 x + 0.2 u + noise, as long as |x| < 0.4; obs is (x, t / 20), so the data say where they are from
 """
+import functools
 import importlib
 import json
 import os
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 
 import core.envs
-from algorithms import dynamics
+from algorithms import dynamics, pqn
 from core import checkpoint, minari
 from core.dataset import Dataset, last_steps, read_arrays
 from core.envs import Box, Discrete
@@ -32,8 +33,9 @@ from tests.stand_ins import drift, linear
 
 ROOT = pathlib.Path(__file__).parents[1]
 COLLECT, PRETRAIN, FINETUNE = (f"launchers/{name}.py" for name in ("collect", "pretrain", "finetune"))
-EPISODES, RESUMED, NOISE = ("test_episodes_are_whole_and_in_order", "test_what_was_interrupted_goes_on",
-                            "test_exploration_noise_is_in_half_widths_and_independent")
+EPISODES, RESUMED, NOISE, RANDOM = (
+    "test_episodes_are_whole_and_in_order", "test_what_was_interrupted_goes_on",
+    "test_exploration_noise_is_in_half_widths_and_independent", "test_a_share_of_discrete_actions_is_random")
 MODEL, MISTAKE, STARTS = ("test_the_model_is_that_of_the_first_seed", "test_a_mistake_is_named",
                           "test_finetune_starts_from_the_stored_weights")
 PLANTED_ERRORS = {
@@ -57,6 +59,17 @@ PLANTED_ERRORS = {
         "return action + noise * half * jax.random.normal(key, action.shape)", NOISE),
     "no noise": (COLLECT, "action = explore(noise_key, action)", "action = explore(noise_key, action) * 0 + action",
                  NOISE),
+    "every action is random": (COLLECT, "jax.random.uniform(whether_key, action.shape) < random",
+                               "jax.random.uniform(whether_key, action.shape) < 1.0", RANDOM),
+    "no action is random": (COLLECT, "< random, other, action)", "< random, action, action)", RANDOM),
+    "the share of the policy's actions": (COLLECT, "< random, other, action)", "< random, action, other)", RANDOM),
+    "one coin for all environments": (COLLECT, "jax.random.uniform(whether_key, action.shape)",
+                                      "jax.random.uniform(whether_key)", RANDOM),
+    "one random action for all environments": (COLLECT, "env.action_space.sample(which_key, action.shape)",
+                                               "env.action_space.sample(which_key)", RANDOM),
+    "a share above 1": (COLLECT, "or not 0 <= random <= 1:", "or random < 0:", MISTAKE),
+    "random actions in a box": (COLLECT, "if random and not isinstance(env.action_space, Discrete):", "if False:",
+                                MISTAKE),
     "a fresh policy for the trained one": (COLLECT, "trained_actor(run, config) if run else", "",
                                            "test_a_trained_policy_collects"),
     "finished data collected again": (COLLECT, 'if (folder / "summary.json").exists():', "if False:", MISTAKE),
@@ -175,6 +188,23 @@ def test_exploration_noise_is_in_half_widths_and_independent(collected):
     inside = action > -1
     assert action.min() == -1 and 0.5 < inside.mean() < 1
     assert np.std(noise) == pytest.approx(0.6, rel=0.12) and len(np.unique(noise[inside])) == inside.sum()
+
+
+def test_a_share_of_discrete_actions_is_random(tmp_path, monkeypatch):
+    """Half of the actions, of two: every fourth differs from the policy's. In each environment on its own."""
+    monkeypatch.setattr(core.envs, "HERE", pathlib.Path(core.envs.__file__).parent)
+    config = pqn.get_config()
+    config.update(num_envs=4, hidden_dims=(4,))
+    config.collect = dict(episodes=80, random_actions=0.5)
+    collect(config, workdir=str(tmp_path))
+    data = Dataset.load(tmp_path / "collect/data.npz").data
+    env, config = cli.make_env(config.env, 4), ml_collections.FrozenConfigDict(config)
+    run = jax.jit(functools.partial(pqn.init, source=env, config=config))(jax.random.fold_in(jax.random.key(0), 0))
+    other = np.asarray(pqn.act(run, (), data["obs"], None)[1] != data["action"])
+    assert other.mean() == pytest.approx(0.25, abs=0.04)
+    steps = np.reshape([len(episode["obs"]) for episode in split_at_ends(data)], (4, 20)).sum(axis=1)
+    number = sum(1 * x[:steps.min()] for x in np.split(other, np.cumsum(steps)[:-1]))  # (T,) of the four environments
+    assert (number * (number - 1)).mean() / 12 == pytest.approx(1 / 16, abs=0.03)
 
 
 def test_a_trained_policy_collects(finetuned, tmp_path):
@@ -316,6 +346,8 @@ MISTAKES = {
     "finished model": (pretrain, {}, {}),
     'config.collect has "episods"': (collect, dict(collect=dict(episods=3)), dict(workdir="new")),
     'config.pretrain has "epochs"': (pretrain, dict(pretrain=dict(epochs=3)), dict(workdir="new")),
+    "random_actions = 1.5: has to be": (collect, dict(collect=dict(random_actions=1.5)), dict(workdir="new")),
+    "but the actions are continuous": (collect, dict(collect=dict(random_actions=0.5)), dict(workdir="new")),
     "no data in": (pretrain, {}, dict(workdir="new")),
     "damaged.npz": (pretrain, {}, dict(workdir="new", data="damaged.npz")),
     r"obs \(3,\) where the environment has": (pretrain, {}, dict(workdir="new", data="other.npz")),
