@@ -15,7 +15,7 @@ dev = ["h5py", "hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff"]
 
 setup(
     name="monograph",
-    version="0.6.0",
+    version="0.7.0",
     description="One method, one file: a JAX research skeleton for reinforcement learning.",
     license="MIT",
     python_requires=">=3.11",
