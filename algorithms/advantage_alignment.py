@@ -23,9 +23,12 @@ all steps, and β would depend on the unit of the reward. The paper has two agen
 authors' code for more. The authors' code divides W by t and leaves out its γ; here it is as in the paper's equation. In
 the paper the policy reads the whole history by a GRU; here an agent sees the last outcome.
 Kept: `Run`, as in ippo.py.
-Decides: alignment; discount; num_envs · num_steps, because the product of two advantages is noisy.
+Decides: normalize_reward and lr: before the critic knows the values, W says nothing, and a policy that learns faster
+than the critic ends in defection. Then alignment; num_envs · num_steps, because a product of advantages is noisy.
 Cost: that of ippo.py.
-Expect: both players cooperate in the prisoner's dilemma; no row yet.
+Expect: −100 for both players, every round with cooperation, IQM of 10 seeds, after 640k steps in the prisoner's dilemma
+of 100 rounds with configs/advantage_alignment_ipd.py, greedy. With drawn actions they cooperate in 56% of the rounds.
+IPPO's players have −200. 52 s for all seeds on one busy CPU core, after 47 s of compilation.
 """
 import pathlib
 from typing import Any, NamedTuple
