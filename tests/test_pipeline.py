@@ -191,20 +191,20 @@ def test_exploration_noise_is_in_half_widths_and_independent(collected):
 
 
 def test_a_share_of_discrete_actions_is_random(tmp_path, monkeypatch):
-    """Half of the actions, of two: every fourth differs from the policy's. In each environment on its own."""
+    """0.3 of the actions, of two: 0.15 of them differ from the policy's. In each environment on its own."""
     monkeypatch.setattr(core.envs, "HERE", pathlib.Path(core.envs.__file__).parent)
     config = pqn.get_config()
     config.update(num_envs=4, hidden_dims=(4,))
-    config.collect = dict(episodes=80, random_actions=0.5)
+    config.collect = dict(episodes=160, random_actions=0.3)
     collect(config, workdir=str(tmp_path))
     data = Dataset.load(tmp_path / "collect/data.npz").data
     env, config = cli.make_env(config.env, 4), ml_collections.FrozenConfigDict(config)
     run = jax.jit(functools.partial(pqn.init, source=env, config=config))(jax.random.fold_in(jax.random.key(0), 0))
     other = np.asarray(pqn.act(run, (), data["obs"], None)[1] != data["action"])
-    assert other.mean() == pytest.approx(0.25, abs=0.04)
-    steps = np.reshape([len(episode["obs"]) for episode in split_at_ends(data)], (4, 20)).sum(axis=1)
+    assert other.mean() == pytest.approx(0.15, abs=0.02)
+    steps = np.reshape([len(episode["obs"]) for episode in split_at_ends(data)], (4, 40)).sum(axis=1)
     number = sum(1 * x[:steps.min()] for x in np.split(other, np.cumsum(steps)[:-1]))  # (T,) of the four environments
-    assert (number * (number - 1)).mean() / 12 == pytest.approx(1 / 16, abs=0.03)
+    assert (number * (number - 1)).mean() / 12 == pytest.approx(0.15**2, abs=0.01)
 
 
 def test_a_trained_policy_collects(finetuned, tmp_path):
