@@ -106,16 +106,20 @@ def planes(things, centre):
 def test_steps_are_the_rules_in_a_loop():
     rng = np.random.default_rng(0)
     cells, actions, (state, ts) = play(rng.integers(0, 3, (SIZE, 4, 2)), rng.integers(0, 5, (SIZE, 2)), UNEVEN)
+    stayed = []
     for i in range(SIZE):
         players, taken, reward, own, other = rules(cells[i], actions[i], UNEVEN)
         np.testing.assert_array_equal(state.players[i], players)
         for coin in range(2):
-            assert taken[coin] or (state.coins[i, coin] == cells[i, 2 + coin]).all()
+            same = (state.coins[i, coin] == cells[i, 2 + coin]).all()
+            assert taken[coin] or same
+            stayed += [same] if taken[coin] else []
         np.testing.assert_allclose(ts.reward[i], reward)
         np.testing.assert_array_equal([ts.info["own_coins"][i], ts.info["other_coins"][i]], [own, other])
         red, blue, coin, other_coin = *players, *state.coins[i]
         np.testing.assert_array_equal(ts.obs[i], [planes((red, blue, coin, other_coin), red),
                                                   planes((blue, red, other_coin, coin), blue)])
+    assert np.mean(stayed) < 0.3  # one in nine comes back where it was
     np.testing.assert_array_equal(ts.next_obs, ts.obs)
     assert ts.reward.dtype == np.float32 and {x.dtype for x in state} == {np.dtype("int32")}
     assert not ts.terminated.any() and not ts.truncated.any() and (state.t == 1).all()

@@ -132,7 +132,7 @@ class Steps:
 
     def step(self, key, t, action):
         obs, over = jnp.full(1, t + 1, jnp.float32), t + 1 >= 3 - action
-        return t + 1, TimeStep(obs, obs, t + 1.0, over & (action == 1), over & (action == 0), {})
+        return t + 1, TimeStep(obs, obs, t + 1.0, over & (action > 0), over & (action == 0), {})
 
 
 def test_a_batch_counts_each_episode_and_starts_it_anew():
@@ -181,6 +181,8 @@ def test_what_an_environment_reports_is_a_mean_over_each_episode(agents):
     due = np.multiply.outer([[0, 0], [1.5, 0], [0, 2], [1.5, 0], [0, 0], [1.5, 2]], scale)
     np.testing.assert_allclose([x["late"] for x in told], due)
     np.testing.assert_allclose([x["later"] for x in told], 10 * due)
+    _, _, seen = evaluate(lambda carry, obs, key: (carry, 2 * action), batch, jax.random.key(1))
+    np.testing.assert_allclose(seen["late"], np.multiply.outer([1, 2], scale))  # copy 0 ends in every step
     returns, length, seen = evaluate(lambda carry, obs, key: (carry, action), batch, jax.random.key(1))
     np.testing.assert_allclose(seen["late"], np.multiply.outer([1.5, 2], scale))
     row = score(returns, length, (0, 1) if agents else None, seen)
