@@ -39,7 +39,10 @@ class Game(NamedTuple):
 
 def enter(players, games, opening):
     """(Game, [Entrant]) of runs, checkpoints and rules by their names."""
-    runs = {player: load(player) for player in players if player not in {*BOARD_RULES, *fixed_coplayer.RULES}}
+    known = {*BOARD_RULES, *fixed_coplayer.RULES}
+    if wrong := [player for player in players if player not in known and not pathlib.Path(player).exists()]:
+        raise UserError(f'"{wrong[0]}" is no run; rules are {", ".join(sorted(known))}')
+    runs = {player: load(player) for player in players if player not in known}
     if not runs:
         raise UserError(f"--players={','.join(players)}: one of them has to be a run, which names the game")
     num_seeds = min(len(jax.tree.leaves(run)[0]) for _, _, run, _ in runs.values())

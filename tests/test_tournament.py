@@ -239,7 +239,10 @@ def test_mistakes_are_named(run, monkeypatch):
             config["env_kwargs"] = dict(payoff=((0, 0), (-1, 1), (1, -1), (-5, -5)))
         return algorithm, ml_collections.FrozenConfigDict(config), dict(x=np.zeros(int(num_seeds))), {}
 
+    with pytest.raises(UserError, match='"grimm" is no run; rules are .*grim'):
+        launcher.tournament(players=["grimm", str(run)])
     monkeypatch.setattr(matches, "load", load)
+    monkeypatch.setattr(matches.pathlib.Path, "exists", lambda path: True)
     for players, word in (("random,greedy", "a run"), ("three-2", "three-2"), ("three-2,four-2", "four-2.*connect"),
                           ("pole-2,random", "pole-2.*CartPole"), ("memory-2,three-2", "memory"),
                           ("tft-2,greedy", "greedy.*tit_for_tat"), ("four-2,grim", "grim.*random, greedy"),
@@ -350,5 +353,6 @@ def test_a_tournament_in_rounds(tmp_path, monkeypatch):
         return algorithm, config, jax.tree.map(lambda x: x[:1], run) if player == "a/b/one" else run, meta
 
     load = matches.load
+    monkeypatch.setattr(matches.pathlib.Path, "exists", lambda path: True)
     monkeypatch.setattr(matches, "load", first_seed)  # the other run then has more seeds than are played
     assert launcher.tournament(players=["a/b/one", str(folder)], games=4)["table"].shape == (1, 2, 2)
