@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import sys
+import textwrap
 import traceback
 import typing
 
@@ -283,7 +284,8 @@ def algorithm_named(name):
 
 def suggest(name, known):
     close = difflib.get_close_matches(name, known, n=1)
-    return f'did you mean "{close[0]}"?' if close else f"known: {', '.join(sorted(known))}"
+    names = textwrap.shorten(", ".join(sorted(known)), 200, placeholder=" …")
+    return f'did you mean "{close[0]}"?' if close else f"known: {names}"
 
 
 def config_dict(config) -> dict:
