@@ -10,11 +10,12 @@ FLAGS = dict(xla_cpu_multi_thread_eigen="false", xla_backend_optimization_level=
 
 
 def xla_knows(flag):
-    """XLA ends the process where it meets a flag that it does not know. The names stand in its library as they are."""
+    """XLA ends the process where it meets a flag that it does not know. Those that it knows stand in its library as
+    strings of their own. Of a flag that is gone the name may still be there, within another string."""
     folder = pathlib.Path(importlib.util.find_spec("jaxlib").submodule_search_locations[0])
     for library in sorted(folder.glob("*.so"), key=lambda path: -path.stat().st_size):
         with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-            if text.find(flag.encode()) >= 0:
+            if text.find(b"\0" + flag.encode() + b"\0") >= 0:
                 return True
     return False
 
