@@ -25,8 +25,8 @@ last row of the log.
 Decides: noise_std; the co-player's learning_rate.
 Cost: one generation plays P · E trials of 100 steps. Each step takes a gradient through four linear equations.
 Expect: a return of −64.2, IQM of 8 seeds, after 200 generations of 102,400 steps with configs/good_shepherd_ipd.py:
-−0.64 per round, and −1.86 for the co-player. Who cooperates has −1, who defects −2. 80 s for all seeds on 2 CPU cores,
-180 s where other programs run.
+−0.64 per round, and −1.86 for the co-player. Two that cooperate have −1, two that defect −2. 80 s for all seeds on 2
+CPU cores, 180 s where other programs run.
 """
 import pathlib
 from typing import Any, NamedTuple
@@ -91,7 +91,7 @@ class Run(NamedTuple):
 
 
 def init(key, source, config):
-    require(source, config, actions=(Box,), offers=("reports_coplayer",))
+    require(source, config, actions=(Box,), offers=("reset",))  # by which trials start: none of a host has it
     return Run(Agent.create(source.action_space.shape[0], config), Clock.start())
 
 
@@ -100,23 +100,22 @@ def train_step(run, key, source, config):
     noise_key, trial_key = jax.random.split(key)
     noise = run.agent.draw(noise_key)
     members = run.agent.mean[None] + config.noise_std * noise
-    reward, _, lives = jax.vmap(trials, in_axes=(0, None, None))(members, trial_key, source)  # (P, T, E)
+    reward, lives = jax.vmap(trials, in_axes=(0, None, None))(members, trial_key, source)  # (P, T, E)
     fitness = reward.sum(axis=1).mean(axis=1)
     agent, info = run.agent.update(noise, fitness)
     return Run(agent, run.clock.tick(lives.sum(), 1)), info | dict(population_return=fitness.mean())
 
 
 def trials(policy, key, source):
-    """One trial in each of the E environments: rewards of the agent and of its co-player, and whether the step was a
-    part of the trial; all (T, E), and zero after an end."""
+    """One trial in each of the E environments: the rewards, and whether the step was a part of the trial; both (T, E),
+    and zero after an end."""
     reset_key, step_key = jax.random.split(key)
     state, _ = jax.vmap(source.env.reset)(jax.random.split(reset_key, source.num_envs))
 
     def step(carry, keys):
         state, lives = carry
         state, ts = jax.vmap(source.env.step, in_axes=(0, 0, None))(keys, state, policy)
-        played = ts.reward * lives, ts.info["coplayer_reward"] * lives, lives
-        return (state, lives & ~ended(ts)), played
+        return (state, lives & ~ended(ts)), (ts.reward * lives, lives)
 
     keys = jax.random.split(step_key, (source.max_steps, source.num_envs))
     return jax.lax.scan(step, (state, jnp.ones(source.num_envs, bool)), keys)[1]
@@ -125,10 +124,3 @@ def trials(policy, key, source):
 def act(run, carry, obs, key):
     """The mean, at every step of a trial. Nothing is carried between steps."""
     return (), jnp.broadcast_to(run.agent.mean, (len(obs), run.agent.mean.size))
-
-
-def measure(run, key, source, config):
-    """What the mean and its co-players earn on average, a step."""
-    reward, coplayer_reward, lives = trials(run.agent.mean, key, source)
-    steps = lives.sum()
-    return dict(own_reward=reward.sum() / steps, coplayer_reward=coplayer_reward.sum() / steps)

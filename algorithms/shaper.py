@@ -28,7 +28,7 @@ last row of the log.
 Decides: noise_std, lr; the co-player's learning_rate.
 Cost: one generation plays P · E trials of 2,000 rounds, each with a pass of the GRU.
 Expect: a return of −802 in 2,000 rounds, IQM of 8 seeds, after 500 generations of 512,000 rounds with
-configs/shaper_ipd.py: −0.40 a round, and about −2.46 for the co-player. Two that cooperate have −1, two that defect −2.
+configs/shaper_ipd.py: −0.40 a round, and −2.51 for the co-player. Two that cooperate have −1, two that defect −2.
 9 minutes for all seeds on 2 CPU cores where other programs run.
 """
 import pathlib
@@ -47,6 +47,7 @@ from core.clock import Clock
 from core.config import count, positive
 from core.envs import Discrete, ended, require
 from core.errors import UserError
+from core.networks import flat
 
 
 def get_config():
@@ -69,8 +70,8 @@ class Policy(nn.Module):
     memory_dim: int
 
     @nn.compact
-    def __call__(self, memory, obs):  # (E, H), (E, O) -> (E, H), logits (E, A)
-        memory, _ = nn.GRUCell(self.memory_dim)(memory, obs)
+    def __call__(self, memory, obs):  # (E, H), (E, ...) -> (E, H), logits (E, A)
+        memory, _ = nn.GRUCell(self.memory_dim)(memory, flat(obs))
         return memory, nn.Dense(self.num_actions)(memory)
 
 
@@ -115,9 +116,9 @@ class Run(NamedTuple):
 
 
 def init(key, source, config):
-    require(source, config, actions=(Discrete,), offers=("reports_coplayer",))
-    obs = jax.eval_shape(source.env.reset, key)[1]
-    return Run(Agent.create(key, obs.size, source.action_space.n, config), Clock.start())
+    require(source, config, actions=(Discrete,), offers=("reset",))  # by which trials start: none of a host has it
+    obs_dim = jax.eval_shape(lambda key: flat(source.reset(key)[1]), key).shape[1]
+    return Run(Agent.create(key, obs_dim, source.action_space.n, config), Clock.start())
 
 
 def train_step(run, key, source, config):
@@ -125,15 +126,15 @@ def train_step(run, key, source, config):
     noise_key, trial_key = jax.random.split(key)
     noise = run.agent.draw(noise_key)
     members = run.agent.mean[None] + config.noise_std * noise
-    reward, _, lives = jax.vmap(trials, in_axes=(None, 0, None, None))(run.agent, members, trial_key, source)
+    reward, lives = jax.vmap(trials, in_axes=(None, 0, None, None))(run.agent, members, trial_key, source)
     fitness = reward.sum(axis=1).mean(axis=1)  # of (P, T, E)
     agent, info = run.agent.update(noise, fitness)
     return Run(agent, run.clock.tick(lives.sum(), 1)), info | dict(population_return=fitness.mean())
 
 
 def trials(agent, member, key, source):
-    """One trial in each of the E environments: rewards of the agent and of its co-player, and whether the step was a
-    part of the trial; all (T, E), and zero after an end."""
+    """One trial in each of the E environments: the rewards, and whether the step was a part of the trial; both (T, E),
+    and zero after an end."""
     reset_key, step_key = jax.random.split(key)
     state, obs = jax.vmap(source.env.reset)(jax.random.split(reset_key, source.num_envs))
     memory, weights = jnp.zeros((source.num_envs, agent.config.memory_dim)), agent.weights(member)
@@ -144,8 +145,7 @@ def trials(agent, member, key, source):
         memory, logits = agent.policy.apply(weights, memory, obs)
         action = jax.random.categorical(act_key, logits)
         state, ts = jax.vmap(source.env.step)(jax.random.split(env_key, source.num_envs), state, action)
-        played = ts.reward * lives, ts.info["coplayer_reward"] * lives, lives
-        return (state, ts.obs, memory, lives & ~ended(ts)), played
+        return (state, ts.obs, memory, lives & ~ended(ts)), (ts.reward * lives, lives)
 
     keys = jax.random.split(step_key, source.max_steps)
     return jax.lax.scan(step, (state, obs, memory, jnp.ones(source.num_envs, bool)), keys)[1]
@@ -159,10 +159,3 @@ def act(run, carry, obs, key):
     """An action drawn from π. The carry is the memory, zero at the start of a trial."""
     carry, logits = run.agent.policy.apply(run.agent.weights(run.agent.mean), carry, obs)
     return carry, jax.random.categorical(key, logits)
-
-
-def measure(run, key, source, config):
-    """What the mean and its co-players earn on average, a step."""
-    reward, coplayer_reward, lives = trials(run.agent, run.agent.mean, key, source)
-    steps = lives.sum()
-    return dict(own_reward=reward.sum() / steps, coplayer_reward=coplayer_reward.sum() / steps)

@@ -66,8 +66,7 @@ def tournament(*, players: list[str], games: int = 128, opening: int = 2, eval_s
     table = np.full((game.num_seeds, len(entrants), len(entrants)), 0.5)
     for i, first in enumerate(entrants):
         for j, second in enumerate(entrants[:i] if game.board else entrants[:i + 1]):
-            with jax.debug_key_reuse(False):  # it misfires on a tree search, which has branches under vmap
-                earned = np.asarray(program(first.kind, second.kind)(first.run, second.run, keys))
+            earned = np.asarray(program(first.kind, second.kind)(first.run, second.run, keys))
             table[:, i, j], table[:, j, i] = (earned if i != j else earned.mean(axis=1, keepdims=True).repeat(2, 1)).T
     score = np.stack([elo(of_seed, games) for of_seed in table]) if game.board else table.mean(axis=2)
     names = [entrant.name for entrant in entrants]

@@ -16,9 +16,9 @@ from core.errors import UserError
 from core.evaluation import evaluate
 
 FILE = "algorithms/shaper.py"
-PARENT, GRU, COMMON, WHOLE, GENERATION, ACTS, MEASURE, START, MISTAKES, OPTIMUM = (
+PARENT, GRU, COMMON, WHOLE, GENERATION, ACTS, START, MISTAKES, OPTIMUM = (
     "test_the_rest_is_the_parent", "test_the_policy_by_hand", "test_luck_is_common", "test_a_trial_is_one_episode",
-    "test_a_generation_by_its_parts", "test_a_trial_is_what_act_plays", "test_the_mean_is_what_is_measured",
+    "test_a_generation_by_its_parts", "test_a_trial_is_what_act_plays",
     "test_weights_are_the_members_numbers", "test_mistakes_are_named", "test_a_cue_is_remembered")
 PLANTED_ERRORS = {  # and the test that has to notice
     "noise without pairs": (FILE, "jnp.concatenate([noise, -noise])", "jnp.concatenate([noise, noise])", PARENT),
@@ -41,10 +41,10 @@ PLANTED_ERRORS = {  # and the test that has to notice
     "members around zero": (FILE, "run.agent.mean[None] + config", "0 * run.agent.mean[None] + config", GENERATION),
     "one step for each trial": (FILE, "tick(lives.sum(), 1)", "tick(lives.shape[0] * lives.shape[2], 1)", GENERATION),
     "steps of full trials": (FILE, "tick(lives.sum(), 1)", "tick(lives.size, 1)", GENERATION),
-    "rewards after an end": (FILE, "played = ts.reward * lives,", "played = ts.reward,", WHOLE),
-    "the last reward is lost": (FILE, "played = ts.reward * lives,", "played = ts.reward * (lives & ~ended(ts)),",
-                                WHOLE),
-    "an end is forgotten": (FILE, "lives & ~ended(ts)), played", "~ended(ts)), played", WHOLE),
+    "rewards after an end": (FILE, "(ts.reward * lives, lives)", "(ts.reward, lives)", WHOLE),
+    "the last reward is lost": (FILE, "(ts.reward * lives, lives)",
+                                "(ts.reward * (lives & ~ended(ts)), lives)", WHOLE),
+    "an end is forgotten": (FILE, "memory, lives & ~ended(ts))", "memory, ~ended(ts))", WHOLE),
     "co-players alike": (FILE, "jax.random.split(reset_key, source.num_envs)",
                          "jnp.broadcast_to(reset_key, (source.num_envs,))", WHOLE),
     "environments draw alike": (FILE, "jax.random.split(env_key, source.num_envs)",
@@ -60,28 +60,22 @@ PLANTED_ERRORS = {  # and the test that has to notice
     "the memory starts at one": (FILE, "    return jnp.zeros((num_envs, run.agent.config.memory_dim))",
                                  "    return jnp.ones((num_envs, run.agent.config.memory_dim))", ACTS),
     "act keeps no memory": (FILE, "carry, logits = run.agent", "_, logits = run.agent", ACTS),
-    "the co-player's reward for our own": (FILE, "own_reward=reward.sum()", "own_reward=coplayer_reward.sum()",
-                                           MEASURE),
-    "our own reward for the co-player's": (FILE, "coplayer_reward=coplayer_reward.sum()",
-                                           "coplayer_reward=reward.sum()", MEASURE),
-    "an average over steps never played": (FILE, "steps = lives.sum()", "steps = lives.size", MEASURE),
     "seeds start alike": (FILE, "policy.init(key, jnp.zeros", "policy.init(jax.random.key(0), jnp.zeros", START),
     "weights start at zero": (FILE, "return cls(mean, optax", "return cls(0 * mean, optax", START),
     "an odd population": (FILE, "if config.population % 2:", "if False:", MISTAKES),
-    "any game will do": (FILE, 'actions=(Discrete,), offers=("reports_coplayer",)', "actions=(Discrete,)", MISTAKES),
+    "any environment will do": (FILE, 'actions=(Discrete,), offers=("reset",)', "actions=(Discrete,)", MISTAKES),
 }
 
 
 class Cue(NamedTuple):
     """The first observation is a cue, −1 or 1; then only zeros. From the second step on, action 1 has reward 1 where
     the cue was 1, and action 0 where it was −1. A trial has a number of steps, 2 to 4, that is drawn; luck is added to
-    every reward, and drawn in every step. The co-player earns as much less 1. Steps after the end pay 100."""
+    every reward, and drawn in every step. Steps after the end pay 100."""
 
     luck: float = 0.0
     ends: bool = True
     max_steps: int = 4
     action_space: Discrete = Discrete(2)
-    reports_coplayer: bool = True
 
     def reset(self, key):
         cue_key, length_key = jax.random.split(key)
@@ -93,9 +87,7 @@ class Cue(NamedTuple):
         cue, length, t = state
         right = jnp.where((t > 0) & (action == (cue > 0)), 1.0, 0.0) + self.luck * jax.random.normal(key)
         reward = jnp.where(t < length, right, 100.0)
-        info = {"coplayer_reward": reward - 1}
-        return (cue, length, t + 1), TimeStep(jnp.zeros(1), jnp.zeros(1), reward, t + 1 == length, jnp.bool_(False),
-                                              info)
+        return (cue, length, t + 1), TimeStep(jnp.zeros(1), jnp.zeros(1), reward, t + 1 == length, jnp.bool_(False), {})
 
 
 def make_config(**changes):
@@ -171,14 +163,12 @@ def test_luck_is_common():
 def test_a_trial_is_one_episode():
     source = Batch(Cue(luck=0.1), 400)
     agent = start(make_config(), source, 0.0).agent  # so both actions are equally likely
-    reward, coplayer_reward, lives = jax.jit(lambda key: shaper.trials(agent, agent.mean, key, source))(
-        jax.random.key(0))
-    assert reward.shape == coplayer_reward.shape == lives.shape == (4, 400)
+    reward, lives = jax.jit(lambda key: shaper.trials(agent, agent.mean, key, source))(jax.random.key(0))
+    assert reward.shape == lives.shape == (4, 400)
     length = np.asarray(lives.sum(axis=0))
     assert set(length) == {2, 3, 4}
     np.testing.assert_array_equal(lives, np.arange(4)[:, None] < length[None])
-    assert (np.where(lives, 0, reward) == 0).all() and (np.where(lives, 0, coplayer_reward) == 0).all()
-    np.testing.assert_allclose(coplayer_reward, np.where(lives, reward - 1, 0), atol=1e-5)
+    assert (np.where(lives, 0, reward) == 0).all()
     luck = np.asarray(reward)[np.asarray(lives)] - np.round(reward)[np.asarray(lives)]
     assert len(np.unique(luck)) > 0.9 * len(luck) and abs(np.asarray(reward)[1].mean() - 0.5) < 0.1
     assert abs(np.asarray(reward)[length - 1, np.arange(400)].mean() - 0.5) < 0.1  # the last step is paid
@@ -194,7 +184,7 @@ def test_a_trial_is_what_act_plays():
     carry = shaper.initial_carry(run, 200)
     act, step = jax.jit(functools.partial(shaper.act, run)), jax.jit(jax.vmap(source.env.step, (None, 0, 0)))
     with jax.debug_key_reuse(False):
-        reward, _, _ = jax.jit(lambda key: shaper.trials(agent, member, key, source))(jax.random.key(1))
+        reward, _ = jax.jit(lambda key: shaper.trials(agent, member, key, source))(jax.random.key(1))
         reset_key, _ = jax.random.split(jax.random.key(1))
         state, obs = jax.vmap(source.env.reset)(jax.random.split(reset_key, 200))
     for t in range(4):
@@ -217,21 +207,13 @@ def test_a_generation_by_its_parts():
             noise = run.agent.draw(noise_key)
             play = jax.jit(lambda agent, member, key: shaper.trials(agent, member, key, source))
             played = [play(run.agent, run.agent.mean + 0.4 * x, trial_key) for x in noise]
-            fitness = jnp.stack([reward.sum(axis=0).mean() for reward, *_ in played])
+            fitness = jnp.stack([reward.sum(axis=0).mean() for reward, _ in played])
             expected, _ = run.agent.update(noise, fitness)
             run, info = jax.jit(lambda run, key: shaper.train_step(run, key, source, config))(run, key)
         np.testing.assert_allclose(run.agent.opt_state[0].mu, expected.opt_state[0].mu, rtol=1e-3, atol=1e-6)
         np.testing.assert_allclose(info["population_return"], fitness.mean(), rtol=1e-5)
-        steps += sum(int(lives.sum()) for *_, lives in played)
+        steps += sum(int(lives.sum()) for _, lives in played)
     assert (run.clock.env_steps, run.clock.updates) == (steps, 2) and steps < 2 * 6 * 4 * 3
-
-
-def test_the_mean_is_what_is_measured():
-    """An undecided agent is right in half of the steps but the first, of 3 on average."""
-    source, config = Batch(Cue(), 3000), make_config()
-    run = start(config, source, 0.0)
-    measured = jax.jit(lambda key: shaper.measure(run, key, source, config))(jax.random.key(0))
-    np.testing.assert_allclose([measured["own_reward"], measured["coplayer_reward"]], [1 / 3, -2 / 3], atol=0.02)
 
 
 def test_a_cue_is_remembered():
@@ -259,7 +241,7 @@ def test_mistakes_are_named():
     source = make_env("tabular_coplayer", 1)
     with pytest.raises(UserError, match="population = 7: has to be even"):
         shaper.init(jax.random.key(0), source, make_config(population=7))
-    for name, words in (("learning_coplayer", "continuous actions"), ("fixed_coplayer", "reports_coplayer"),
+    for name, words in (("learning_coplayer", "continuous actions"), ("gymnasium/CartPole-v1", 'no "reset"'),
                         ("iterated_matrix_game", "several agents")):
         with pytest.raises(UserError, match=words):
             shaper.init(jax.random.key(0), make_env(name, 1), make_config(env=name))

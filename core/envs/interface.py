@@ -32,8 +32,6 @@ An environment may offer more. Who uses it:
     reports_success                info["success"] says whether a step did what the task is         batch, evaluation
     reports                        names of info whose means over the steps of an episode are columns beside the return,
                                    shaped like the reward                                           batch, evaluation
-    reports_coplayer               info["coplayer_reward"] is what a co-player inside it earned with the step
-                                                                                            good_shepherd, shaper
     on_host                        it is simulated by Python: a run of it is resumed, but not bit for bit    launchers
 """
 from typing import Any, NamedTuple

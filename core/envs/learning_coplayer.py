@@ -39,7 +39,7 @@ class Env:
     init_std: float = 1.0
     max_steps: int = 100
 
-    action_space, reports_coplayer, reports = Box((-np.inf,) * 5, (np.inf,) * 5), True, ("coplayer_reward",)
+    action_space, reports = Box((-np.inf,) * 5, (np.inf,) * 5), ("coplayer_reward",)
 
     def __post_init__(self):
         _ = self.game  # which checks discount

@@ -46,7 +46,7 @@ class Env:
     rounds: int = 20
     games: int = 100
 
-    action_space, reports_coplayer = Discrete(2), True
+    action_space, reports = Discrete(2), ("coplayer_reward",)
 
     @functools.cached_property
     def game(self):
