@@ -1,9 +1,9 @@
 """Advantage Alignment (Duque et al., 2024, arXiv:2406.14662), in its proximal form, for N agents.
 Child of ippo.py; the diff is the method.
 
-Each agent learns by PPO. Its advantage gets a term that asks whether the game has gone well for it so far: if so, it
-prefers actions that are good for the others, and if not, actions that are bad for them. In the prisoner's dilemma this
-is tit-for-tat.
+Each agent learns by PPO, and its advantage gets one more term. Where the game has gone well for the agent so far, the
+term favours actions that are good for the others; where not, actions that are bad for them. In the prisoner's dilemma
+this leads to tit-for-tat.
 
     A_t^i   the advantage of agent i as in ippo.py, by its own rewards and critic             core.returns.gae
     B_t^i = A_t^i standardised over the rollout, each agent by itself                         align

@@ -134,3 +134,30 @@ def a_dataset(n=8, seed=0, **changes):
     data = {name: np.float32(x) for name, x in data.items()}
     ends = dict(terminated=np.arange(n) == 2, truncated=np.arange(n) == 5)
     return Dataset.create(data | ends | changes, DATA_ACTIONS)
+
+
+def learn(init, step, data, iterations):
+    """-> run, the last info of an offline method's programs `init` and `train_step` on `data`."""
+    init_key, *keys = jax.random.split(jax.random.key(0), 1 + iterations)
+    run = init(init_key, data)
+    for key in keys:
+        run, info = step(run, key, data)
+    return run, info
+
+
+def compare_seeds(init, step, data, atol=1e-6):
+    """That two seeds in one program learn what each of them learns alone."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    runs = [init(key, data) for key in keys[:2]]
+    with jax.debug_key_reuse(False):  # it misfires on a scan over keys under vmap
+        together = jax.vmap(step, (0, 0, None))(jax.tree.map(lambda *x: jnp.stack(x), *runs), keys[2:], data)
+    for i, run in enumerate(runs):
+        assert_close(jax.tree.map(lambda x, i=i: x[i], together), step(run, keys[2 + i], data), atol=atol)
+
+
+def float64(tree):
+    return jax.tree.map(np.float64, tree)
+
+
+def assert_close(a, b, rtol=1e-4, atol=1e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), a, b)

@@ -12,6 +12,7 @@ from algorithms import bc
 from core.dataset import Dataset
 from core.envs import Box, Discrete
 from tests import probes
+from tests.probes import assert_close
 
 BC = "algorithms/bc.py"
 LOSS, STEP, BATCHES, NETWORKS, GREEDY, MEAN, SHARES = (
@@ -78,10 +79,6 @@ def mlp(params, x):
         x = x @ layer["kernel"] + layer["bias"][None]
         x = jnp.where(x > 0, x, 0.0) if i + 1 < len(layers) else x
     return x
-
-
-def assert_close(a, b, rtol=1e-4, atol=1e-6):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), a, b)
 
 
 CENTRE, HALF = np.float32([[1, 1]]), np.float32([[2, 4]])
@@ -174,20 +171,11 @@ def test_acting_is_greedy_and_in_the_environments_units():
 
 
 def test_seeds_together_are_the_seeds_alone():
-    (init, step), data, keys = programs(), a_dataset(), jax.random.split(jax.random.key(0), 4)
-    runs = [init(key, data) for key in keys[:2]]
-    with jax.debug_key_reuse(False):  # it misfires on a scan over keys under vmap
-        together = jax.vmap(step, (0, 0, None))(jax.tree.map(lambda *x: jnp.stack(x), *runs), keys[2:], data)
-    for i, run in enumerate(runs):
-        assert_close(jax.tree.map(lambda x, i=i: x[i], together), step(run, keys[2 + i], data))
+    probes.compare_seeds(*programs(), a_dataset())
 
 
 def train(data, iterations, **changes):
-    (init, step), (init_key, *keys) = programs(**changes), jax.random.split(jax.random.key(0), 1 + iterations)
-    run = init(init_key, data)
-    for key in keys:
-        run, info = step(run, key, data)
-    return run, info
+    return probes.learn(*programs(**changes), data, iterations)
 
 
 LEARNING = dict(updates_per_step=10, batch_size=64, hidden_dims=(16,), lr=1e-2)

@@ -13,6 +13,7 @@ from core.dataset import Dataset
 from core.envs import Box, Discrete
 from core.errors import UserError
 from tests import probes
+from tests.probes import assert_close, float64
 
 CQL = "algorithms/cql.py"
 LOSSES, PARTITION, ORDER, SUCCESSOR, NETWORKS, BATCHES, COUNTS, GREEDY, BANDIT, REFUSED, LOG = (
@@ -151,10 +152,6 @@ def a_batch():
     return {**data, "action": jnp.float32(np.random.default_rng(30).uniform(-1, 1, (8, 2)))}
 
 
-def float64(tree):
-    return jax.tree.map(np.float64, tree)
-
-
 def mlp(params, x):
     """By hand, in float64."""
     for i in range(len(params)):
@@ -176,10 +173,6 @@ def sample(params, obs, key):
     u = mean + np.exp(log_std) * noise
     log_normal = -0.5 * noise**2 - 0.5 * np.log(2 * np.pi) - log_std
     return np.tanh(u), (log_normal - np.log(1 - np.tanh(u) ** 2)).sum(axis=1)
-
-
-def assert_close(a, b, rtol=1e-4, atol=1e-6):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), a, b)
 
 
 def assert_is(loss, by_hand, params, *args):
@@ -326,11 +319,7 @@ def test_networks_start_as_the_config_says():
 
 
 def train(data, iterations, **changes):
-    (init, step), (init_key, *keys) = programs(**changes), jax.random.split(jax.random.key(0), 1 + iterations)
-    run = init(init_key, data)
-    for key in keys:
-        run, info = step(run, key, data)
-    return run, info
+    return probes.learn(*programs(**changes), data, iterations)
 
 
 def test_a_step_learns_from_all_of_the_data_in_units_of_the_networks(monkeypatch):
@@ -373,12 +362,7 @@ def test_acting_is_greedy_and_in_the_environments_units():
 
 
 def test_seeds_together_are_the_seeds_alone():
-    (init, step), data, keys = programs(), probes.a_dataset(), jax.random.split(jax.random.key(0), 4)
-    runs = [init(key, data) for key in keys[:2]]
-    with jax.debug_key_reuse(False):  # it misfires on a scan over keys under vmap
-        together = jax.vmap(step, (0, 0, None))(jax.tree.map(lambda *x: jnp.stack(x), *runs), keys[2:], data)
-    for i, run in enumerate(runs):
-        assert_close(jax.tree.map(lambda x, i=i: x[i], together), step(run, keys[2 + i], data), atol=3e-5)
+    probes.compare_seeds(*programs(), probes.a_dataset(), atol=3e-5)
 
 
 LEARNING = dict(updates_per_step=20, batch_size=32, hidden_dims=(16, 16), lr=3e-3, actor_lr=3e-3, tau=0.1,

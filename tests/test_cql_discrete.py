@@ -186,11 +186,7 @@ def test_networks_start_as_the_config_says():
 
 
 def train(data, iterations, **changes):
-    (init, step), (init_key, *keys) = programs(**changes), jax.random.split(jax.random.key(0), 1 + iterations)
-    run = init(init_key, data)
-    for key in keys:
-        run, info = step(run, key, data)
-    return run, info
+    return probes.learn(*programs(**changes), data, iterations)
 
 
 def test_a_step_learns_from_all_of_the_data(monkeypatch):
@@ -232,12 +228,7 @@ def test_acting_is_greedy_for_the_smaller_critic():
 
 
 def test_seeds_together_are_the_seeds_alone():
-    (init, step), data, keys = programs(), a_dataset(), jax.random.split(jax.random.key(0), 4)
-    runs = [init(key, data) for key in keys[:2]]
-    with jax.debug_key_reuse(False):  # it misfires on a scan over keys under vmap
-        together = jax.vmap(step, (0, 0, None))(jax.tree.map(lambda *x: jnp.stack(x), *runs), keys[2:], data)
-    for i, run in enumerate(runs):
-        assert_close(jax.tree.map(lambda x, i=i: x[i], together), step(run, keys[2 + i], data), atol=3e-5)
+    probes.compare_seeds(*programs(), a_dataset(), atol=3e-5)
 
 
 LEARNING = dict(updates_per_step=20, batch_size=64, hidden_dims=(16, 16), lr=3e-3, tau=0.1, discount=0.5)

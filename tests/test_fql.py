@@ -13,6 +13,7 @@ from core.dataset import Dataset
 from core.envs import Box, Discrete
 from core.errors import UserError
 from tests import probes
+from tests.probes import assert_close, float64
 
 FQL = "algorithms/fql.py"
 LOSSES, EULER, ORDER, SUCCESSOR, NETWORKS, BATCHES, COUNTS, GREEDY, BANDIT, CHAIN, REFUSED, TRAFFIC, LOG = (
@@ -128,10 +129,6 @@ def a_batch():
     return {**data, "action": jnp.tanh(data["action"])}
 
 
-def float64(tree):
-    return jax.tree.map(np.float64, tree)
-
-
 def in_float64(batch):
     return float64(batch) | dict(terminated=np.asarray(batch["terminated"]))
 
@@ -157,10 +154,6 @@ def critics(params, obs, action):  # both (2, B)
 
 def noise_of(key, shape=(8, 2)):
     return np.float64(jax.random.normal(key, shape))
-
-
-def assert_close(a, b, rtol=1e-4, atol=1e-6):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), a, b)
 
 
 def assert_is(loss, by_hand, params, *args):
@@ -330,11 +323,7 @@ def test_networks_start_as_the_config_says():
 
 
 def train(data, iterations, **changes):
-    (init, step), (init_key, *keys) = programs(**changes), jax.random.split(jax.random.key(0), 1 + iterations)
-    run = init(init_key, data)
-    for key in keys:
-        run, info = step(run, key, data)
-    return run, info
+    return probes.learn(*programs(**changes), data, iterations)
 
 
 def test_a_step_learns_from_all_of_the_data_in_units_of_the_networks(monkeypatch):
@@ -378,12 +367,7 @@ def test_acting_draws_from_the_policy_in_the_environments_units():
 
 
 def test_seeds_together_are_the_seeds_alone():
-    (init, step), data, keys = programs(), probes.a_dataset(), jax.random.split(jax.random.key(0), 4)
-    runs = [init(key, data) for key in keys[:2]]
-    with jax.debug_key_reuse(False):  # it misfires on a scan over keys under vmap
-        together = jax.vmap(step, (0, 0, None))(jax.tree.map(lambda *x: jnp.stack(x), *runs), keys[2:], data)
-    for i, run in enumerate(runs):
-        assert_close(jax.tree.map(lambda x, i=i: x[i], together), step(run, keys[2 + i], data), atol=3e-5)
+    probes.compare_seeds(*programs(), probes.a_dataset(), atol=3e-5)
 
 
 LEARNING = dict(updates_per_step=20, batch_size=32, hidden_dims=(16, 16), lr=3e-3, tau=0.1, flow_steps=5, discount=0.5)

@@ -13,6 +13,7 @@ from core.dataset import Dataset
 from core.envs import Box, Discrete
 from core.errors import UserError
 from tests import probes
+from tests.probes import assert_close
 
 IQL = "algorithms/iql.py"
 LOSSES, ORDER, SUCCESSOR, NETWORKS, BATCHES, SCALE, GREEDY, RATE, BANDIT, CHAIN, REFUSED = (
@@ -145,10 +146,6 @@ def log_prob_of(params, obs, action):
     return (-0.5 * ((action - mean) / jnp.exp(log_std)) ** 2 - log_std - 0.5 * jnp.log(2 * jnp.pi)).sum(axis=1)
 
 
-def assert_close(a, b, rtol=1e-4, atol=1e-6):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), a, b)
-
-
 def test_losses_and_gradients_are_the_equations():
     """With values of both signs of the error, actions of weights above and below the limit, either critic the smaller
     one somewhere."""
@@ -255,11 +252,7 @@ def test_returns_span_what_the_config_says():
 
 
 def train(data, iterations, **changes):
-    (init, step), (init_key, *keys) = programs(**changes), jax.random.split(jax.random.key(0), 1 + iterations)
-    run = init(init_key, data)
-    for key in keys:
-        run, info = step(run, key, data)
-    return run, info
+    return probes.learn(*programs(**changes), data, iterations)
 
 
 def test_a_step_learns_from_all_of_the_data_in_units_of_the_networks(monkeypatch):
@@ -315,12 +308,7 @@ def test_acting_is_greedy_and_in_the_environments_units():
 
 
 def test_seeds_together_are_the_seeds_alone():
-    (init, step), data, keys = programs(), probes.a_dataset(), jax.random.split(jax.random.key(0), 4)
-    runs = [init(key, data) for key in keys[:2]]
-    with jax.debug_key_reuse(False):  # it misfires on a scan over keys under vmap
-        together = jax.vmap(step, (0, 0, None))(jax.tree.map(lambda *x: jnp.stack(x), *runs), keys[2:], data)
-    for i, run in enumerate(runs):
-        assert_close(jax.tree.map(lambda x, i=i: x[i], together), step(run, keys[2 + i], data))
+    probes.compare_seeds(*programs(), probes.a_dataset())
 
 
 LEARNING = dict(updates=600, updates_per_step=10, batch_size=32, hidden_dims=(16,), lr=1e-2, tau=0.1, max_weight=100.0)

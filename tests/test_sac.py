@@ -13,6 +13,7 @@ from algorithms import sac
 from core.envs import Batch, Box, TimeStep
 from core.errors import UserError
 from tests import probes
+from tests.probes import assert_close
 
 SAC = "algorithms/sac.py"
 LOSSES, ORDER, STORED, WARM, UPDATES, NETWORKS, GREEDY, SHAPES = (
@@ -165,10 +166,6 @@ def policy(params, obs, noise):  # action and log-probability by hand
     u = mean + jnp.exp(log_std) * noise
     normal = -0.5 * noise**2 - log_std - 0.5 * jnp.log(2 * jnp.pi)
     return jnp.tanh(u), (normal - jnp.log(1 - jnp.tanh(u) ** 2)).sum(axis=1)
-
-
-def assert_close(a, b, rtol=1e-4, atol=1e-6):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), a, b)
 
 
 def test_losses_and_gradients_are_the_equations():
